@@ -26,6 +26,7 @@ from dataclasses import Field
 from dataclasses import field
 from dataclasses import fields
 import json
+import re
 import reprlib
 from typing import Any
 
@@ -365,6 +366,7 @@ class DecodeConfig:
         return self.remote.model if self.engine.name == SERVER else self.model.path
 
 
+_SURROGATE = re.compile('[\ud800-\udfff]')
 _KINDS: dict[type, str] = {
     bool: 'true or false', int: 'an integer', float: 'a number', str: 'a string'}
 _LISTS = {str: 'a list of strings', int: 'a list of integers'}
@@ -418,6 +420,9 @@ def check_value(name: str, value: Any, spec: 'Field[Any]',
         if type(text) is str and len(text) > characters:
             raise ConfigError(f'{name} is {show(value)}, a string of {len(text)} characters: '
                               f'at most {characters} are allowed')
+        if kind is tuple and type(text) is str and _SURROGATE.search(text):
+            raise ConfigError(
+                f'{name} is {show(value)}, with an unpaired surrogate: send valid UTF-8')
     choices = spec.metadata['choices']
     if choices and value not in choices and not spec.metadata['others']:
         raise ConfigError(f'{name} is {show(value)}: expected one of {", ".join(choices)}')

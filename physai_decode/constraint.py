@@ -20,6 +20,7 @@ for the tokens of the model, within limits on its time and memory. The mask is c
 host, while the device computes the logits.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ from physai_decode.engine import EngineError
 from physai_decode.pip_command import install
 from physai_decode.request import Calls
 from physai_decode.request import Form
+from physai_decode.request import parse_first
 from physai_decode.request import parse_value
 from physai_decode.request import RequestError
 from physai_decode.speech import BLANKS
@@ -72,6 +74,9 @@ TYPES = 'array', 'boolean', 'integer', 'null', 'number', 'object', 'string'
 _BY_NAME = '$defs', 'definitions', 'patternProperties', 'properties'
 _LISTS = 'allOf', 'anyOf', 'items', 'oneOf', 'prefixItems'
 _SINGLE = 'additionalItems', 'additionalProperties', 'items'
+_NOTHING = 'no token of the vocabulary can follow'
+# What %json can occur in without meaning: comments, strings, regexes and names of special tokens.
+_LARK = re.compile(r'(?:#|//)[^\n]*|"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\])+/|<[^<>\s]+>|%json\s*')
 
 
 class ConstraintError(TextError):
@@ -165,8 +170,10 @@ class Vocabulary:
                 json.dumps(_without_draft(form.content)), overrides=_JSON))
         if form.kind == 'regex':
             return str(matcher.grammar_from_regex(content))
-        kind = 'lark' if form.kind == 'calls' else form.kind
-        return str(self._library.grammar_from(kind, content))
+        if form.kind == 'calls':
+            return str(matcher.grammar_from_lark(content))
+        grammar = str(self._library.grammar_from(form.kind, content))
+        return _with_checked_schemas(grammar, form.name) if form.kind == 'grammar' else grammar
 
     def _lark(self, calls: Calls) -> str:
         """Write a grammar of tool calls, with fixed text around the arguments."""
@@ -270,8 +277,7 @@ class Constraint:
         if self._matcher.is_error():
             raise self._error()
         if bits == self._nothing:
-            raise ConstraintError('the constraint cannot be enforced any further: no token of '
-                                  'the vocabulary can follow')
+            raise ConstraintError(f'the constraint cannot be enforced any further: {_NOTHING}')
         return bits
 
     def forced(self) -> list[int]:
@@ -329,8 +335,10 @@ class Constraint:
         return bool(self._matcher.reset())
 
     def _error(self) -> ConstraintError:
-        reason = ' '.join(self._matcher.get_error().split())
-        return ConstraintError(f'the constraint cannot be enforced any further: {reason}')
+        # What follows is the state of the library and the whole grammar.
+        reason = ' '.join(self._matcher.get_error().partition('<state>')[0].split())
+        return ConstraintError('the constraint cannot be enforced any further: '
+                               + (_NOTHING if reason == 'NoExtensionBias' else reason))
 
 
 def configured(config: ConstraintConfig) -> Form | None:
@@ -401,6 +409,29 @@ def check_schema(schema: Any, name: str) -> None:
         found += _subschemas(each, pointer)
 
 
+def _with_checked_schemas(lark: str, name: str) -> str:
+    """
+    Check each %json schema of a grammar, and remove its draft.
+
+    :raises ConstraintError: as `check_schema`, or a schema is not valid JSON.
+    """
+    parts, end, at = [], 0, 0
+    while match := _LARK.search(lark, at):
+        at = match.end()
+        if match[0].startswith('%json'):
+            line = lark.count('\n', 0, match.start()) + 1
+            where = f'the %json in line {line} of {name}'
+            schema, length = _parsed(where, lark[at:], parse_first)
+            options = schema.pop('x-guidance', None) if isinstance(schema, dict) else None
+            check_schema(schema, where)
+            if '$schema' in schema:
+                schema = _without_draft(schema) | ({'x-guidance': options} if options else {})
+                parts += [lark[end:at], json.dumps(schema)]
+                end = at + length
+            at += length
+    return ''.join([*parts, lark[end:]])
+
+
 def _rounded(keyword: str, value: Any) -> int | None:
     """Return an integer of a keyword's value that the library would round; None without one."""
     if keyword in _BOUNDS:      # it cuts greater ones off at 64 bits
@@ -434,15 +465,15 @@ def _subschemas(schema: Mapping[str, Any],
 
 def _read(name: str, path: str) -> str:
     try:
-        return regular_file.read(Path(path).absolute(), MAX_BYTES).decode()
+        return regular_file.read(Path(path).absolute(), MAX_BYTES, '').decode('utf-8-sig')
     except (OSError, EngineError, UnicodeDecodeError) as error:
         raise ConstraintError(
             f'{name} is {shown(path)}, which cannot be read: {error}') from error
 
 
-def _parsed(name: str, text: str) -> Any:
+def _parsed(name: str, text: str, parse: Callable[[str, str], Any] = parse_value) -> Any:
     try:
-        return parse_value(text, name)
+        return parse(text, name)
     except RequestError as error:
         message = str(error)
         raise ConstraintError(

@@ -317,6 +317,7 @@ class Host:
         self.peak: Peak | None = None               # of the loaded model, the latest value
         self.worker: Worker | None = None           # from start until its thread has ended
         self.loading = ''                           # current step of a load; empty if none runs
+        self.next_step = ''                         # what becomes of ``loading`` after the load
         self.params_problems: list[str] = []        # params files without a section for the node
         self.failure = ''                           # why the last load failed
         self.closed = False                         # no further model will be loaded
@@ -360,7 +361,7 @@ class Host:
             self.unload()
             raise
         finally:
-            self.loading = ''
+            self.loading = self.next_step
 
     def unload(self) -> None:
         """Unload the model and free its memory."""

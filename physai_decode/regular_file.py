@@ -29,6 +29,7 @@ import stat
 
 from physai_decode.engine import EngineError
 
+ADVICE = '; copy or download the model again'
 _KINDS = {stat.S_IFIFO: 'a FIFO', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device',
           stat.S_IFSOCK: 'a socket', stat.S_IFDIR: 'a folder'}
 
@@ -41,34 +42,37 @@ def check(path: Path, most_bytes: int | None = None) -> None:
     :raises EngineError: the path is not a regular file, or the file is larger.
     :raises OSError: the path cannot be accessed.
     """
-    _check(path, path.stat(), most_bytes)
+    _check(path, path.stat(), most_bytes, ADVICE)
 
 
 @contextmanager
-def opened(path: Path, most_bytes: int | None = None) -> Iterator[BufferedReader]:
+def opened(path: Path, most_bytes: int | None = None,
+           advice: str = ADVICE) -> Iterator[BufferedReader]:
     """
     Open a regular file for reading.
 
     :param most_bytes: size limit; None for no limit.
+    :param advice: end of the message of an EngineError.
     :raises EngineError: the path is not a regular file, or the file is larger.
     :raises OSError: the file cannot be opened.
     """
     with open(path, 'rb', opener=_open) as file:
-        _check(path, os.fstat(file.fileno()), most_bytes)
+        _check(path, os.fstat(file.fileno()), most_bytes, advice)
         yield file
 
 
-def read(path: Path, most_bytes: int) -> bytes:
+def read(path: Path, most_bytes: int, advice: str = ADVICE) -> bytes:
     """
     Read a regular file.
 
+    :param advice: end of the message of an EngineError.
     :raises EngineError: the path is not a regular file, or larger than ``most_bytes``.
     :raises OSError: the file cannot be read.
     """
-    with opened(path, most_bytes) as file:
+    with opened(path, most_bytes, advice) as file:
         content = file.read(most_bytes + 1)
         if len(content) > most_bytes:       # the file grew since the check
-            raise _too_large(path, len(content), most_bytes)
+            raise _too_large(path, len(content), most_bytes, advice)
         return content
 
 
@@ -76,15 +80,14 @@ def _open(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
-def _check(path: Path, status: os.stat_result, most_bytes: int | None) -> None:
+def _check(path: Path, status: os.stat_result, most_bytes: int | None, advice: str) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), 'something else')
-        raise EngineError(f'{path} is {kind}, not a regular file: remove it, and copy or download '
-                          'the model again')
+        raise EngineError(f'{path} is {kind}, not a regular file{advice}')
     if most_bytes is not None and status.st_size > most_bytes:
-        raise _too_large(path, status.st_size, most_bytes)
+        raise _too_large(path, status.st_size, most_bytes, advice)
 
 
-def _too_large(path: Path, size: int, most_bytes: int) -> EngineError:
-    return EngineError(f'{path} has {size} bytes: at most {most_bytes} are allowed for this file; '
-                       'copy or download the model again')
+def _too_large(path: Path, size: int, most_bytes: int, advice: str) -> EngineError:
+    return EngineError(
+        f'{path} has {size} bytes: at most {most_bytes} are allowed for this file{advice}')

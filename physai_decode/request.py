@@ -268,8 +268,17 @@ def parse_value(text: str, name: str) -> Any:
     :param name: name of the text, for the message.
     :raises RequestError: the text is not such JSON.
     """
+    return _parsed(lambda: json.loads(text, **STRICT_JSON), name)
+
+
+def parse_first(text: str, name: str) -> tuple[Any, int]:
+    """Parse the JSON that a text begins with, as `parse_value`, and return its length too."""
+    return _parsed(lambda: json.JSONDecoder(**STRICT_JSON).raw_decode(text), name)
+
+
+def _parsed(parse: Callable[[], Any], name: str) -> Any:
     try:
-        return json.loads(text, **STRICT_JSON)
+        return parse()
     except RecursionError:
         raise RequestError(f'{name} is nested too deeply') from None
     except ValueError as error:

@@ -26,6 +26,7 @@ token are refused.
 A model's files run without limits here; `TextProcess` sets them.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -93,7 +94,8 @@ class Text:
                 self._tool_source = tokenizer.chat_template.get('tool_use', self._source)
         self._reserved = {'messages', *tokenizer.special_tokens_map,
                           *signature(type(tokenizer).apply_chat_template).parameters}
-        self._nonce = secrets.token_hex(8)
+        self._nonce = str(secrets.randbits(64))     # digits, so that no change of case breaks it
+        self._place = re.compile(rf'\ue000{self._nonce}:(\d+)(\\*)"\ue000')
         tokens = backend.get_added_tokens_decoder()
         added = {id_: token.content for id_, token in tokens.items()}
         # Runs of blanks keep their names: they are ordinary text in many vocabularies.
@@ -130,13 +132,14 @@ class Text:
         after the tokens that the tokenizer adds to every text. The template sees placeholders
         instead of the texts, except for blanks at their ends and words that occur in its own
         source. It can therefore trim a text, look for a switch in it, or cut it at the end of a
-        thought.
+        thought. If the template writes the texts in another way, such as in lower case, it is
+        rendered with the texts themselves.
 
         :param messages: texts of any content; special tokens in them remain text.
         :param chat_template_kwargs: further variables of the template.
         :param tools: tools that the template presents to the model.
-        :raises TextError: a text has an unpaired surrogate, or the template refuses a message or
-            omits it.
+        :raises TextError: a text has an unpaired surrogate, or the template refuses a message,
+            omits it, or makes a control token of it.
         """
         for message in messages:
             _check(f'the {message.role or "raw"} text', message.content)
@@ -157,21 +160,33 @@ class Text:
         shown, begins = [], []
         for message in messages:
             begins.append(len(texts))
-            shown.append(self._message(message, texts, call_ids))
+            shown.append(self._message(message, lambda text: self._shown(text, texts), call_ids))
         begins.append(len(texts))
         whole = self._render(shown, chat_template_kwargs, tools=tools)
-        # Rename the template's own control tokens, then insert the texts.
-        whole = self._name_pattern.sub(lambda match: self._names[match[0]], whole)
-        place = re.compile(rf'\ue000{self._nonce}:(\d+)(\\*)"\ue000')
-        present = {int(index) for index, _ in place.findall(whole)}
-        for number, (role, *_) in enumerate(messages):
-            places = range(begins[number], begins[number + 1])
-            if role != 'assistant' and places and present.isdisjoint(places):
+        present = {int(index) for index, _ in self._place.findall(whole)}
+        absent = [number for number, (role, *_) in enumerate(messages) if role != 'assistant'
+                  and (places := range(*begins[number:number + 2]))
+                  and present.isdisjoint(places)]
+        # With all of each text but its control tokens, to see if the template changes it.
+        names: list[str] = []
+        shown = [self._message(message, lambda text: self._without_names(text, names), call_ids)
+                 for message in messages]
+        direct = self._render(shown, chat_template_kwargs, tools=tools)
+        for number in absent:
+            other = [*shown]
+            other[number] = {**shown[number], 'content': f'x{shown[number]["content"]}'}
+            if self._render(other, chat_template_kwargs, tools=tools) == direct:
                 raise TextError(
                     f"the model's chat template omits the {_which(number, messages)}: " + (
-                        'leave chat.system_prompt empty, or ' if role == 'system' else '')
+                        'leave chat.system_prompt empty, or '
+                        if messages[number].role == 'system' else '')
                     + 'set chat.template to off')
-        whole = place.sub(lambda match: _escaped(texts[int(match[1])], len(match[2])), whole)
+        if self._inserted(direct, names) != self._inserted(whole, texts):
+            self._check_changed(direct, whole, names)
+            whole, texts = direct, names
+        # Rename the template's own control tokens, then insert the texts.
+        whole = self._name_pattern.sub(lambda match: self._names[match[0]], whole)
+        whole = self._inserted(whole, texts)
         return self._ids(whole, add_special_tokens=False)
 
     def count(self, text: str) -> int:
@@ -182,11 +197,29 @@ class Text:
         """Create a detokenizer for one answer, which any of the strings in ``stop`` ends."""
         return Detokenizer(self.backend, self.special_ids, stop)
 
-    def _message(self, message: Message, texts: list[str],
+    def _inserted(self, whole: str, texts: Sequence[str]) -> str:
+        return self._place.sub(lambda match: _escaped(texts[int(match[1])], len(match[2])), whole)
+
+    def _check_changed(self, direct: str, whole: str, names: Sequence[str]) -> None:
+        """
+        Refuse texts that the template changes together with control tokens.
+
+        :param direct: the conversation with the texts.
+        :param whole: the same with placeholders.
+        :param names: control tokens in the texts.
+        """
+        if self._name_pattern.findall(direct) != self._name_pattern.findall(whole) or (
+                names and '\ue000' in self._place.sub('', direct)):
+            raise TextError(
+                "the model's chat template changes the texts, and with them its special tokens: "
+                'rephrase the texts, or set chat.template to off')
+
+    def _message(self, message: Message, hide: Callable[[str], str],
                  call_ids: dict[str, str]) -> dict[str, Any]:
         """
         Convert a message to the form that the template sees.
 
+        :param hide: returns what the template sees of a text.
         :param call_ids: receives a replacement for each call id: nine digits, which the templates
             of all families accept.
         """
@@ -200,32 +233,21 @@ class Text:
             written = TOOL_FORMS[self.manner.form].written(call[1:] for call in calls)
             content, calls = f'{content}\n{written}' if content else written, ()
         found: dict[str, Any] = {
-            'role': message.role, 'content': self._shown(content, texts)}
+            'role': message.role, 'content': hide(content)}
         if message.reasoning_content:
-            found['reasoning_content'] = self._shown(message.reasoning_content, texts)
+            found['reasoning_content'] = hide(message.reasoning_content)
         if calls:
-            found['tool_calls'] = [self._call(call, id_of(call.id), texts) for call in calls]
+            found['tool_calls'] = [self._call(call, id_of(call.id), hide) for call in calls]
         if message.tool_call_id:
             found['tool_call_id'] = id_of(message.tool_call_id)
         return found | ({'name': message.name} if message.name else {})
 
-    def _call(self, call: Call, call_id: str, texts: list[str]) -> dict[str, Any]:
-        arguments: Any = self._hidden_texts(call.arguments, texts)
+    def _call(self, call: Call, call_id: str, hide: Callable[[str], str]) -> dict[str, Any]:
+        arguments: Any = _hidden_texts(call.arguments, hide)
         if self._arguments_as_text:
             arguments = json.dumps(arguments, ensure_ascii=False)
         return {'id': call_id, 'type': 'function',
                 'function': {'name': call.name, 'arguments': arguments}}
-
-    def _hidden_texts(self, value: Any, texts: list[str]) -> Any:
-        """Replace all texts of a JSON value, keys included, with what the template sees."""
-        if isinstance(value, str):
-            _check('the arguments text', value)
-            return self._shown(value, texts)
-        if isinstance(value, Mapping):
-            return {self._hidden_texts(key, texts): self._hidden_texts(each, texts)
-                    for key, each in value.items()}
-        return [self._hidden_texts(each, texts) for each in value] if isinstance(value, list) \
-            else value
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         # As a batch, because encoding a single text holds the interpreter's lock.
@@ -245,16 +267,23 @@ class Text:
             core = text.strip()
             if not core:
                 return text
-            texts.append(core)
             begin = text.index(core)
-            place = f'\ue000{self._nonce}:{len(texts) - 1}"\ue000'
-            return f'{text[:begin]}{place}{text[begin + len(core):]}'
+            return f'{text[:begin]}{self._placed(core, texts)}{text[begin + len(core):]}'
 
         parts, end = [], 0
         for word in self._word_pattern.finditer(content):
             parts += [hidden(content[end:word.start()]), word[0]]
             end = word.end()
         return ''.join([*parts, hidden(content[end:])])
+
+    def _without_names(self, text: str, names: list[str]) -> str:
+        """Replace the control tokens in a text with placeholders."""
+        return self._name_pattern.sub(lambda match: self._placed(match[0], names), text)
+
+    def _placed(self, text: str, texts: list[str]) -> str:
+        """Return a new placeholder for a text."""
+        texts.append(text)
+        return f'\ue000{self._nonce}:{len(texts) - 1}"\ue000'
 
     def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         reserved = sorted(kwargs.keys() & self._reserved)
@@ -351,7 +380,7 @@ class Text:
         if _TRIAL.name not in rendered:
             return '', 'the chat template omits them'
         for self._arguments_as_text in (False, True):
-            call = self._call(_TRIAL, _TRIAL.id, [])
+            call = self._call(_TRIAL, _TRIAL.id, lambda text: text)
             call['function']['arguments'] = json.dumps(_TRIAL.arguments) \
                 if self._arguments_as_text else _TRIAL.arguments
             try:
@@ -420,6 +449,17 @@ def _template(tokenizer: Any, choice: str) -> tuple[str, str]:
                 f'{shown_json(token)}, but tokenizer.json lacks this token: copy or download the '
                 'model again, or set chat.template to off')
     return name, source
+
+
+def _hidden_texts(value: Any, hide: Callable[[str], str]) -> Any:
+    """Replace all texts of a JSON value, keys included, with what the template sees."""
+    if isinstance(value, str):
+        _check('the arguments text', value)
+        return hide(value)
+    if isinstance(value, Mapping):
+        return {_hidden_texts(key, hide): _hidden_texts(each, hide)
+                for key, each in value.items()}
+    return [_hidden_texts(each, hide) for each in value] if isinstance(value, list) else value
 
 
 def _is_excluded(form: str, source: str) -> bool:

@@ -104,10 +104,12 @@ def test_sends_the_options_with_the_request(rig):
     done = ask('hello', '--options', '{"max_token": 2}')
     assert (done.returncode, done.stdout) == (1, '')
     assert '"max_token" is not a field of a request' in done.stderr
-    for options in ('{', '[1]', '[' * 50_000):
+    for options, problem in (
+            ('{', 'is not '), ('[1]', 'is not '), ('[' * 50_000, 'is not '),
+            ('{"prompt": "", "cancel": true}', 'has cancel and prompt, which the command sets')):
         done = ask('hello', '--options', options)
         assert (done.returncode, done.stdout) == (2, '')
-        assert 'is not ' in done.stderr
+        assert problem in done.stderr
 
 
 def test_reports_a_rejected_request(rig):
@@ -256,19 +258,31 @@ def test_reports_a_closed_output_pipe(rig, arguments):
         1, 'decode_ask: the reader of the output has closed it\n')
 
 
+@pytest.mark.parametrize('arguments', [['hello'], ['hello', '--json']])
+def test_reports_a_full_disk(rig, arguments):
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE,
+                              text=True, timeout=2 * PATIENCE_S)
+    assert (done.returncode, split(done.stderr)[1]) == (
+        1, 'decode_ask: the output cannot be written: [Errno 28] No space left on device\n')
+
+
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_without_a_traceback(rig, signum):
-    """The signal comes in the middle of an answer; stderr has no traceback, and the code is 1."""
-    engine = rig.loader.engines[0]
+    """The signal comes in the middle of an answer, which is cancelled; the exit code is 1."""
+    engine, count = rig.loader.engines[0], len(rig.cancels)
     process = subprocess.Popen(
         [*COMMAND, 'a?'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout.read(1) == 'A'
         os.kill(process.pid, signum)
         _, errors = process.communicate(timeout=PATIENCE_S)
+        rig.wait(lambda: len(rig.cancels) > count)
     finally:
         process.kill()
         engine.answer.set()
         rig.wait(lambda: rig.diagnostics('decode: engine')['state'] == 'idle')
         engine.answer.clear()
     assert (process.returncode, split(errors)[1]) == (1, 'decode_ask: interrupted\n')
+    rig.settle()
+    assert rig.requests()[-1]['finish_reason'] == 'cancelled'

@@ -14,6 +14,7 @@
 
 """GPU features by compute capability, and the variable that lowers it."""
 
+import errno
 from pathlib import Path
 import re
 from types import SimpleNamespace
@@ -96,10 +97,15 @@ def test_only_compiler_py_depends_on_the_version_of_triton():
     assert found == {'compiler.py'}
 
 
-@pytest.mark.parametrize('error', [
-    RuntimeError('ptxas fatal: Value sm_110a is not defined'),
-    FileNotFoundError('Failed to find C compiler')])
-def test_tells_if_triton_can_not_compile_for_the_chip(monkeypatch, error):
+PACKAGES = 'pip install -U triton, and apt install gcc python3-dev'
+
+
+@pytest.mark.parametrize(('error', 'remedy'), [
+    (RuntimeError('ptxas fatal: Value sm_110a is not defined'), PACKAGES),
+    (FileNotFoundError('Failed to find C compiler'), PACKAGES),
+    (OSError(errno.EROFS, 'Read-only file system'), 'set TRITON_CACHE_DIR to a folder that'),
+    (OSError(errno.ENOSPC, 'No space left on device'), 'set TRITON_CACHE_DIR to a folder that')])
+def test_tells_if_triton_can_not_compile_for_the_chip(monkeypatch, error, remedy):
     """The step then runs with PyTorch's operations."""
     compiler = pytest.importorskip('physai_decode.engines.compiler')
 
@@ -115,4 +121,4 @@ def test_tells_if_triton_can_not_compile_for_the_chip(monkeypatch, error):
     problem = compiler.problem(DEVICE)
     assert 'cannot compile for compute capability 9.0' in problem
     assert str(error) in problem
-    assert 'pip install -U triton' in problem and 'gcc' in problem
+    assert remedy in problem

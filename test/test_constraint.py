@@ -390,7 +390,16 @@ def test_pipeline_drops_a_started_forward_pass(end, folder, vocabulary, tokenize
     ('regex', r'(a)\1', 'backreferences'),
     ('grammar', 'root ::= (', 'cannot be used'),
     ('grammar', 'start: ' + '(' * 5000 + '"a"' + ')' * 5000, 'nested'),
-    ('grammar', 'start: %json {"x-guidance": {"lenient": true}, "not": {}}', 'not')])
+    ('grammar', 'start: %json {"x-guidance": {"lenient": true}, "not": {}}', 'not'),
+    ('grammar', f'start: "a"\n | %json {{"items": {{"const": {2**53 + 1}}}}}',
+     '^the %json in line 2 of name at /items has 9007199254740993 in const'),
+    ('grammar', 'start: %json{"const": 1, "const": 2}', 'line 1 of name.*const'),
+    ('grammar', 'start: %json 7', 'expected an object'),
+    ('grammar', 'start: %json ' + '[' * 30_000, 'nested'),
+    *(('grammar', f'%llguidance {{}}\n{hidden} %json {{"const": {2**60}}}\n{after}', 'rounded')
+      for hidden, after in (('start: <a"b>', 'b: <a"b>'), ('start: /"\\//', 'a: /"/'),
+                            ('start: "\\""', 'a: "b"'), ('# "\nstart:', '# "'),
+                            ('// /\nstart:', '// /'), ('start: %regex {"a": "#"}', '')))])
 def test_rejects_what_it_can_not_enforce(kind, content, words, vocabulary):
     with pytest.raises(ConstraintError, match=words):
         vocabulary.constraint(Form(kind, content, 'name'))
@@ -403,11 +412,15 @@ def test_rejects_what_it_can_not_enforce(kind, content, words, vocabulary):
     ({'const': 1}, '1', '2'), ({'type': 'array', 'prefixItems': [{'const': 1}]}, '[1]', '[2]'),
     ({'type': 'array', 'items': [{'enum': [1]}], 'additionalItems': False}, '[1]', '[1,1]')],
     ids=str)
-@pytest.mark.parametrize('tool', [False, True])
-def test_enforces_keywords_that_the_draft_lacks(schema, good, bad, draft, tool, vocabulary,
+@pytest.mark.parametrize('kind', ['json_schema', 'grammar', 'calls'])
+def test_enforces_keywords_that_the_draft_lacks(schema, good, bad, draft, kind, vocabulary,
                                                 tokenizer):
-    form = Form('json_schema', {'$schema': draft, **schema}, 'name')
-    if tool:
+    form = Form(kind, {'$schema': draft, **schema}, 'name')
+    if kind == 'grammar':
+        lark = f'# %json\nstart: a "%json"\na: %json {json.dumps(form.content)}\n'
+        form = Form(kind, lark, 'name')
+        good, bad = f'{good}%json', f'{bad}%json'
+    if kind == 'calls':
         tools = ({'type': 'function', 'function': {'name': 'go', 'parameters': {
             '$schema': draft, 'properties': {'a': schema}, 'required': ['a']}}},)
         form = Form('calls', Calls('hermes', tools, True), 'tools')
@@ -456,6 +469,19 @@ def test_end_token_that_is_also_text_only_ends(tokenizer):
     constraint.accept(tokenizer.token_to_id('b'))
     with pytest.raises(ConstraintError, match='no token'):
         constraint.mask()
+
+
+@pytest.mark.parametrize(('grammar', 'reason'), [
+    ('start: start', 'no token of the vocabulary can follow'),
+    ('start: "a" start', 'Too many items .*short lexemes')])
+def test_says_briefly_why_a_constraint_ends(grammar, reason, vocabulary, tokenizer):
+    """The library adds its state and the whole grammar."""
+    constraint = vocabulary.constraint(Form('grammar', grammar, 'name'))
+    with pytest.raises(ConstraintError, match=f'any further: [^<]*{reason}$'):
+        while True:
+            constraint.mask()
+            constraint.accept(tokenizer.token_to_id('a'))
+            constraint.forced()
 
 
 def test_reuses_compiled_constraints(vocabulary, tokenizer):
@@ -560,9 +586,13 @@ def test_parameters_constrain_requests_without_a_constraint(make, tmp_path, monk
         file.write_text(content)
         with pytest.raises(ConstraintError, match=r'constraint\.schema_file'):
             configured(ConstraintConfig(schema_file=str(file)))
-    for path in ('/dev/zero', str(tmp_path), str(tmp_path / 'none')):
-        with pytest.raises(ConstraintError, match=r'constraint\.grammar_file'):
+    file.write_text('\ufeff"a"')         # as some editors do
+    assert configured(ConstraintConfig(schema_file=str(file))).content == 'a'
+    file.write_text('a' * 65_537)
+    for path in ('/dev/zero', str(tmp_path), str(tmp_path / 'none'), str(file)):
+        with pytest.raises(ConstraintError, match=r'constraint\.grammar_file') as raised:
             configured(ConstraintConfig(grammar_file=path))
+        assert 'model' not in str(raised.value)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConstraintError, match=re.escape(f"'{tmp_path}/sub/none'")):
         configured(ConstraintConfig(schema_file='sub/none'))

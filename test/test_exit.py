@@ -225,8 +225,11 @@ def test_no_result_is_lost_at_exit(request):
     (['--params-file', '/logging/none.yaml'],
      'decode_node: there is no params file /logging/none.yaml: correct the path'),
     (['-p', 'use_sim_time:=7'], 'use_sim_time'),
-    (['-p', 'qos_overrides./decode/tokens.publisher.reliability:=foo'], 'foo'),
-    (['-p', 'model.path=x'], ': expected -p NAME:=VALUE\n'),
+    (['-p', 'qos_overrides./decode/tokens.publisher.reliability:=foo'],
+     "qos_overrides./decode/tokens.publisher.reliability is 'foo': expected one of system_"),
+    (['-p', 'qos_overrides./decode/prompt.subscription.history:=7'], 'history is 7: expected one'),
+    (['-p', 'qos_overrides./decode/tokens.publisher.depth:=-1'], 'depth is -1: expected 0 to 2'),
+    (['-p', 'model.path:='], ": expected -p NAME:=VALUE, with '' as an empty text\n"),
     (['-r', '__ns:=arm'], ': expected -r OLD:=NEW; a namespace begins with /, and names'),
     (['-r', '__node:=\udcff'], 'decode_node: ')])
 def test_rejects_wrong_ros_arguments(arguments, message):

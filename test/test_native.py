@@ -14,6 +14,7 @@
 
 """The native engine: its memory check, prompts in chunks, dtypes, and the tuning cache."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -154,6 +155,18 @@ def test_ignores_an_invalid_cache(tmp_path, content):
     assert cache.get('shape') is None
     cache.put('shape', [4])
     assert TuningCache('chip', tmp_path).get('shape') == [4]
+
+
+def test_a_full_disk_leaves_no_part_of_the_cache(tmp_path, monkeypatch):
+    def fill(path, text):
+        path.write_bytes(text.encode()[:3])
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(Path, 'write_text', fill)
+    cache = TuningCache('chip', tmp_path)
+    cache.put('shape', [4])
+    assert cache.get('shape') == [4]
+    assert not list(tmp_path.iterdir())
 
 
 def test_keeps_choices_without_a_home_folder(monkeypatch):

@@ -33,6 +33,7 @@ from physai_decode.config import ConfigError
 from physai_decode.config import shown
 from physai_decode.decode_loop import Step
 from physai_decode.gap import TOKENS
+from physai_decode.host import Host
 from physai_decode.host import Loaded
 from physai_decode.roofline import Peak
 from physai_decode.ros import messages
@@ -683,6 +684,21 @@ def test_reports_unknown_parameters(make):
     status = rig.diagnostics('decode: engine')
     assert status['unknown_parameters'] == 'nonsense sampling.temprature'
     assert status['level'] == messages.WARN
+
+
+def test_is_loading_until_it_is_active(make, monkeypatch):
+    """Else ``decode_ask`` would send its request between the load and the activation."""
+    start, states = Host.start, []
+
+    def record(host, *arguments):
+        states.append((host.state, host.inactive_reason()))
+        start(host, *arguments)
+
+    monkeypatch.setattr(Host, 'start', record)
+    rig = make(autostart=True)
+    rig.wait(lambda: rig.diagnostics('decode: engine')['state'] == 'idle')
+    assert states == [
+        ('loading', 'the node is loading (activating): try again when it is active')]
 
 
 def test_wrong_parameter_at_start_is_an_error():

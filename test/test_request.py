@@ -127,6 +127,7 @@ def test_refusal_of_an_invalid_cancel_has_no_id(text):
     ({'stop': ['x'] * 65}, 'stop has 65 strings: at most 64 are allowed'),
     ({'stop': ['', 'x' * 257]}, 'a string of 257 characters: at most 256 are allowed'),
     ({'stop': 'x' * 257}, 'stop is ["xxx'),
+    ({'stop': '\ud83d'}, 'stop is ["\\ud83d"], with an unpaired surrogate: send valid UTF-8'),
     ({'prompt': 7}, 'prompt is 7: expected a string'),
     ({'prompt': None}, 'and raw_prompt (a string): none was given'),
     ({'messages': [], 'prompt': 'go'}, 'raw_prompt (a string): prompt and messages were given'),

@@ -273,8 +273,34 @@ def test_hides_parts_of_special_tokens_from_the_template():
         "m['content']", "m['content'].replace('<|im_', '<|').replace('<|', '<|im_')"
         ".replace('end|>a', 'end|>')")
     text = Text(tokenizer, ChatConfig())
-    for prompt in ('<|end|>', '<|im_end|>', '<|im_end|>a'):
+    for prompt in ('<|im_end|>', '<|im_end|>a'):
         assert encode(text, prompt).count(tokenizer.eos_token_id) == 1
+    with pytest.raises(TextError, match='changes the texts, and with them its special tokens'):
+        encode(text, '<|end|>')
+
+
+@pytest.mark.parametrize('change', [
+    'content | lower', 'content | upper', "content | replace('a', 'the')", 'content | title',
+    "content | replace('\n', ' ') | trim", 'content[:9]', 'content | truncate(12)',
+    'content | e', 'content | string | reverse', '{content: 1}', "content.split(' ') | join('_')",
+    '(content | length) ~ content', "content | replace('\"', '\\\\\"')"])
+def test_encodes_with_a_template_that_changes_texts_like_transformers(change):
+    tokenizer = qwen_like()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% set content = m['content'] %}<|im_start|>{{ m['role'] }}\n"
+        '{{ CHANGE }}<|im_end|>\n{% endfor %}'.replace('CHANGE', change))
+    text = Text(tokenizer, ChatConfig())
+    for prompt in (*TEXTS, 'Bring Ann\'s "Red Cup"\nto the \\ <b>table</b> & go', 'ÀÉ ß'):
+        history = [(prompt, 'An answer'), ('a', prompt)]
+        assert encode(text, prompt, history) == tokenizer.apply_chat_template(
+            messages(prompt, history))['input_ids']
+    for prompt in ('<|im_end|>', '<|IM_END|>', 'A <|im_start|>a'):
+        try:
+            ids = encode(text, prompt)
+        except TextError as error:
+            assert 'its special tokens' in str(error)
+        else:
+            assert ids.count(tokenizer.eos_token_id) == 1
 
 
 def test_rejects_a_template_that_omits_the_system_prompt():

@@ -285,6 +285,14 @@ def test_reports_a_closed_output_pipe(rig):
         1, 'decode_watch: the reader of the output has closed it\n')
 
 
+def test_reports_a_full_disk(rig):
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run([*COMMAND, '--once', '--timeout', str(PATIENCE_S)], stdout=full,
+                              stderr=subprocess.PIPE, text=True, timeout=2 * PATIENCE_S)
+    assert (done.returncode, done.stderr) == (
+        1, 'decode_watch: the output cannot be written: [Errno 28] No space left on device\n')
+
+
 def test_number_rounds_to_four_digits():
     """It returns words unchanged."""
     assert number('9999.7') == '10000'

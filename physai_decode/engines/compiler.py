@@ -20,6 +20,7 @@ Programmatic dependent launch (PDL) starts a kernel while the previous one ends.
 ``gdc_launch_dependents`` and ``gdc_wait``.
 """
 
+import errno
 import re
 
 from physai_decode.engines import chip
@@ -29,6 +30,7 @@ import triton
 import triton.language as tl
 
 LEAST = (3, 1)          # the oldest version that compiles all kernels
+_NO_CACHE = errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EROFS
 LEAST_CAPABILITY = (9, 0)       # for programmatic dependent launch (PDL)
 VERSION = tuple(int(number) for number in re.findall(r'\d+', triton.__version__)[:2])
 if VERSION < LEAST:
@@ -75,9 +77,11 @@ def problem(device: torch.device, float32: bool = False) -> str | None:
         _write[(1,)](torch.empty(1, dtype=torch.int32, device=device))
     except Exception as error:          # of ptxas for a newer chip, or of the C compiler
         reason = ' '.join(str(error).split())[:200]
+        remedy = ('set TRITON_CACHE_DIR to a folder that can be written and has space'
+                  if isinstance(error, OSError) and error.errno in _NO_CACHE else
+                  f'{install("-U", "triton")}, and apt install gcc python3-dev')
         return (f'Triton {triton.__version__} cannot compile for compute capability '
-                f'{major}.{minor} ({type(error).__name__}: {reason}): '
-                f'{install("-U", "triton")}, and apt install gcc python3-dev')
+                f'{major}.{minor} ({type(error).__name__}: {reason}): {remedy}')
     return None
 
 

@@ -40,6 +40,7 @@ from physai_decode.ros.topics import decode_nodes
 from physai_decode.ros.topics import start_advice
 from physai_decode.ros.topics import stream_qos
 import rclpy
+from rclpy.duration import Duration
 from rclpy.exceptions import NameValidationException
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.expand_topic_name import expand_topic_name
@@ -49,7 +50,9 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 from std_msgs.msg import String
 
+OWN = {'cancel', 'id', 'metadata', 'prompt'}    # fields that cannot be an option
 EXIT_CODES = {'stop': 0, 'tool_calls': 0, 'length': 3}      # by finish reason; otherwise 1
+ACK_S = 0.5                     # limit on the delivery of a cancel
 NOTICE_S = 3.0                  # after this time without a node, say what the command waits for
 DIAGNOSTICS_HINT = (': wait longer (--timeout), or, if the node remaps that topic, remap it here '
                     'too (--ros-args -r /diagnostics:=...)')
@@ -93,6 +96,11 @@ class Asker(Node):
         """Send a prompt with further fields of the request."""
         self.request.publish(String(data=json.dumps(
             {**options, 'id': self.id, 'prompt': text})))
+
+    def cancel(self) -> None:
+        """End the request, of which nobody will read the rest."""
+        self.request.publish(String(data=json.dumps({'id': self.id, 'cancel': True})))
+        self.request.wait_for_all_acked(Duration(seconds=ACK_S))
 
     def unmatched(self) -> list[str]:
         """List the topics that no node publishes or subscribes to, but a decode node does."""
@@ -170,9 +178,13 @@ def ask(asker: Asker, text: str, timeout_s: float, show: Callable[[str], None],
         wait_until(lambda: asker.state != 'loading', f'{asker.target} was not ready')
         asker.show, notice_s = show, math.inf
         asker.send(text, options or {})
-        wait_until(lambda: asker.stats
-                   and len(asker.pieces) >= int(asker.stats['output_tokens']),
-                   f'{asker.target} did not finish its answer')
+        try:
+            wait_until(lambda: asker.stats
+                       and len(asker.pieces) >= int(asker.stats['output_tokens']),
+                       f'{asker.target} did not finish its answer')
+        except (AskError, OSError):
+            asker.cancel()
+            raise
     finally:
         executor.shutdown()
 
@@ -199,8 +211,8 @@ def main(args: list[str] | None = None) -> int:
         failure = asker.reason if code else ''
     except AskError as error:
         failure = str(error)
-    except BrokenPipeError:
-        failure = discard_output()
+    except OSError as error:
+        failure = discard_output(error)
     finally:
         asker.destroy_node()
         rclpy.shutdown()
@@ -218,8 +230,8 @@ def main(args: list[str] | None = None) -> int:
             for key, value in asker.stats.items():
                 print(f'{key:24}{value}')
         sys.stdout.flush()
-    except BrokenPipeError:
-        code, failure = 1, discard_output()
+    except OSError as error:
+        code, failure = 1, discard_output(error)
     if failure:
         print(f'decode_ask: {failure}', file=sys.stderr)
     return code
@@ -257,14 +269,15 @@ def start(parser: argparse.ArgumentParser, args: list[str] | None) -> argparse.N
     return arguments
 
 
-def discard_output() -> str:
+def discard_output(error: OSError) -> str:
     """
     Redirect stdout to /dev/null, because Python flushes it again at exit.
 
-    :returns: the error message for a closed output.
+    :returns: the message for an output that failed with this error.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 'the reader of the output has closed it'
+    return 'the reader of the output has closed it' if isinstance(error, BrokenPipeError) else \
+        f'the output cannot be written: {error}'
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -287,6 +300,10 @@ def _object(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f'{text!r:.200} is not JSON: {error}') from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object')
+    if own := sorted(value.keys() & OWN):
+        raise argparse.ArgumentTypeError(
+            f'{text!r:.200} has {" and ".join(own)}, which the command sets or does not support: '
+            'leave it out')
     return value
 
 

@@ -52,6 +52,7 @@ from physai_decode.ros.flush import Flush
 from physai_decode.ros.generate import GenerateServer
 from physai_decode.ros.interfaces import unavailable
 from physai_decode.ros.status import Status
+from physai_decode.ros.topics import check_qos_overrides
 from physai_decode.ros.topics import Topics
 from physai_decode.timing import RequestReport
 from rcl_interfaces.msg import Parameter as ParameterMessage
@@ -118,6 +119,7 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         LifecycleNodeMixin.__init__(self, callback_group=transitions)
         parameters.declare(self, {'model.path': ''} if params_files else {})
         config = parameters.read(self)
+        check_qos_overrides(self._parameter_overrides.values())
         for service in self.services:
             if service.srv_type is ChangeState:
                 service.callback = self._guarded(service.callback)
@@ -264,8 +266,15 @@ class DecodeNode(LifecycleNodeMixin, ClockedNode):
         """Configure and activate once, as soon as the executor runs."""
         self._autostart.cancel()
         with self._try_transition() as acquired:
-            if acquired and self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
-                self.trigger_activate()
+            if not acquired:
+                return
+            host = self._host
+            host.next_step = 'activating'       # clients wait while the node is loading
+            try:
+                if self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+                    self.trigger_activate()
+            finally:
+                host.next_step = host.loading = ''
 
     def _guarded(self, change_state: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """Wrap the change_state service so that it refuses a transition during another."""

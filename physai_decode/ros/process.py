@@ -101,7 +101,7 @@ def _advice(error: Exception, files: list[str]) -> str:
     if "Couldn't parse params file" in str(error):
         return f': {params_files.advice(files)}'
     if "Couldn't parse parameter override rule" in str(error):
-        return ': expected -p NAME:=VALUE'
+        return ": expected -p NAME:=VALUE, with '' as an empty text"
     if "Couldn't parse remap rule" in str(error):
         return (': expected -r OLD:=NEW; a namespace begins with /, and names consist of letters, '
                 'digits and _')

@@ -21,12 +21,15 @@ as U+FFFD.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 import json
 import threading
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.msg import DiagnosticStatus
+from physai_decode.config import ConfigError
+from physai_decode.config import shown
 from physai_decode.request import Request
 from physai_decode.result import chat_completion
 from physai_decode.ros import cdr
@@ -38,10 +41,13 @@ from physai_decode.timing import RequestReport
 from physai_decode.timing import TokenReport
 from rclpy.action.server import RCLError
 from rclpy.node import Node
+from rclpy.parameter import Parameter
 from rclpy.publisher import Publisher
 from rclpy.qos import QoSDurabilityPolicy
+from rclpy.qos import QoSHistoryPolicy
 from rclpy.qos import QoSPolicyKind
 from rclpy.qos import QoSProfile
+from rclpy.qos import QoSReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.time import Time
 from std_msgs.msg import Float64
@@ -49,8 +55,29 @@ from std_msgs.msg import String
 
 STREAM_DEPTH = 4096
 SUBSCRIBER_CHECK_TOKENS = 16    # between two checks for subscribers of the figures
+MAX_DEPTH = 2**31 - 1           # of a queue in DDS
 POLICIES = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY,
             QoSPolicyKind.DURABILITY)
+
+
+def check_qos_overrides(parameters: Iterable[Parameter]) -> None:
+    """
+    Check the ``qos_overrides`` that were given at start; rclpy would not name the parameter.
+
+    :raises ConfigError: a value is wrong; the message has its name, value and allowed values.
+    """
+    choices = {kind.__name__.removeprefix('QoS').removesuffix('Policy').lower(): [
+        each.name.lower() for each in kind if each.name != 'UNKNOWN'] for kind in (
+            QoSDurabilityPolicy, QoSHistoryPolicy, QoSReliabilityPolicy)}
+    for parameter in parameters:
+        name, value = parameter.name, parameter.value
+        policy = name.rpartition('.')[2] if name.startswith('qos_overrides.') else ''
+        if policy == 'depth' and (type(value) is not int or not 0 <= value <= MAX_DEPTH):
+            raise ConfigError(f'{name} is {shown(value)}: expected 0 to {MAX_DEPTH}')
+        if policy in choices and (
+                type(value) is not str or value.lower() not in choices[policy]):
+            raise ConfigError(
+                f'{name} is {shown(value)}: expected one of {", ".join(choices[policy])}')
 
 
 def stream_qos() -> QoSProfile:

@@ -364,8 +364,8 @@ def main(args: list[str] | None = None) -> int:
     except WatchError as error:
         print(f'decode_watch: {error}', file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        print(f'decode_watch: {discard_output()}', file=sys.stderr)
+    except OSError as error:
+        print(f'decode_watch: {discard_output(error)}', file=sys.stderr)
         return 1
     finally:
         executor.shutdown()

@@ -19,6 +19,7 @@ If the file can't be read, kernels are tuned again; if it can't be written, at e
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 import json
 import os
 from pathlib import Path
@@ -83,10 +84,11 @@ class TuningCache:
     def put(self, name: str, numbers: list[int]) -> None:
         """Store numbers under ``name``."""
         self._known[self._owner][name] = numbers
-        try:
+        part = self._path.with_suffix(f'.{os.getpid()}')
+        with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            part = self._path.with_suffix(f'.{os.getpid()}')
-            part.write_text(json.dumps(self._known, indent=1))
-            part.replace(self._path)
-        except OSError:
-            pass
+            try:
+                part.write_text(json.dumps(self._known, indent=1))
+                part.replace(self._path)
+            finally:
+                part.unlink(missing_ok=True)        # what a full disk has left
