@@ -18,7 +18,7 @@ Text to token ids: chat template and encoding.
 User text never becomes control tokens. No prompt can yield a special token, or another token that
 begins or ends a turn, so no prompt can close its own turn. For this, the encoder is a copy of the
 model's tokenizer in which these tokens have secret names. The control tokens that the chat
-template writes are renamed first, then the user's texts are inserted, and the whole is encoded at
+template writes have these names, because they are renamed in its source. The whole is encoded at
 once, so that the ids are those that the model was trained on. Other added tokens, such as
 `<tool_call>`, are encoded wherever they occur, as in the library. Tools that contain a control
 token are refused.
@@ -30,6 +30,8 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from inspect import signature
 import json
@@ -96,6 +98,7 @@ class Text:
                           *signature(type(tokenizer).apply_chat_template).parameters}
         self._nonce = str(secrets.randbits(64))     # digits, so that no change of case breaks it
         self._place = re.compile(rf'\ue000{self._nonce}:(\d+)(\\*)"\ue000')
+        self._secret = re.compile(rf'\ue001{self._nonce}:(\d+)\ue001')
         tokens = backend.get_added_tokens_decoder()
         added = {id_: token.content for id_, token in tokens.items()}
         # Runs of blanks keep their names: they are ordinary text in many vocabularies.
@@ -109,9 +112,15 @@ class Text:
         secret_ids = {*self.special_ids, *own_ends, *end_ids, *self._turn_ids(names)}
         self._names = {name: f'\ue001{self._nonce}:{id_}\ue001'
                        for name, id_ in names.items() if id_ in secret_ids}
+        self._ordinary = {secret: name for name, secret in self._names.items()}
+        self._special = {key: self._names.get(token, token)
+                         for key, token in tokenizer.special_tokens_map.items()
+                         if isinstance(token, str)}
         self._name_pattern = _matcher(self._names)
-        self._word_pattern = _matcher({word for source in {self._source, self._tool_source}
-                                for word in self._words(source)})
+        sources = {self._source, self._tool_source} - {''}
+        self._word_pattern = _matcher({word for source in sources for word in self._words(source)})
+        self._marked = {source: self._with_secrets(source) for source in sources}
+        self._built = self._find_built()
         self._encoder = _renamed(backend, self._names)
         # Ids that end an answer, from the config, the tokenizer and the template; no plain words.
         ends = dict.fromkeys((*end_ids, *own_ends))
@@ -155,38 +164,45 @@ class Text:
             return self._ids(whole, add_special_tokens=True)
         self._check_kwargs(chat_template_kwargs)
         self._check_tools(tools)
-        texts: list[str] = []
+        # The same time for all.
+        render = partial(self._render, tools=tools, kwargs={
+            'strftime_now': datetime.now().strftime, **chat_template_kwargs})
         call_ids: dict[str, str] = {}
-        shown, begins = [], []
+        real = [self._message(message, str, call_ids) for message in messages]
+        texts: list[str] = []
+        hidden, begins = [], []
         for message in messages:
             begins.append(len(texts))
-            shown.append(self._message(message, lambda text: self._shown(text, texts), call_ids))
+            hidden.append(self._message(message, lambda text: self._shown(text, texts), call_ids))
         begins.append(len(texts))
-        whole = self._render(shown, chat_template_kwargs, tools=tools)
+        # No template finds its control tokens in a text if they have secret names.
+        marked = any(map(self._name_pattern.search, texts))
+        direct = render(real, marked=marked)
+        try:
+            whole = render(hidden, marked=True)
+        except TextError:               # it refuses placeholders
+            whole = ''
         present = {int(index) for index, _ in self._place.findall(whole)}
-        absent = [number for number, (role, *_) in enumerate(messages) if role != 'assistant'
-                  and (places := range(*begins[number:number + 2]))
-                  and present.isdisjoint(places)]
-        # With all of each text but its control tokens, to see if the template changes it.
-        names: list[str] = []
-        shown = [self._message(message, lambda text: self._without_names(text, names), call_ids)
-                 for message in messages]
-        direct = self._render(shown, chat_template_kwargs, tools=tools)
-        for number in absent:
-            other = [*shown]
-            other[number] = {**shown[number], 'content': f'x{shown[number]["content"]}'}
-            if self._render(other, chat_template_kwargs, tools=tools) == direct:
+        for number, (role, *_) in enumerate(messages):
+            places = range(*begins[number:number + 2])
+            if role != 'assistant' and places and present.isdisjoint(places):
+                self._check_omitted(number, real, direct, partial(render, marked=marked))
+        built = {*self._name_pattern.findall(whole)}
+        if self._inserted(self._plain(whole), texts) == self._plain(direct):
+            if built - self._built:
+                shown = json.dumps(min(built - self._built), ensure_ascii=False)
                 raise TextError(
-                    f"the model's chat template omits the {_which(number, messages)}: " + (
-                        'leave chat.system_prompt empty, or '
-                        if messages[number].role == 'system' else '')
-                    + 'set chat.template to off')
-        if self._inserted(direct, names) != self._inserted(whole, texts):
-            self._check_changed(direct, whole, names)
-            whole, texts = direct, names
-        # Rename the template's own control tokens, then insert the texts.
-        whole = self._name_pattern.sub(lambda match: self._names[match[0]], whole)
-        whole = self._inserted(whole, texts)
+                    f"the model's chat template makes {shown}, a special token, of the tools, "
+                    'their names or chat_template_kwargs: change them, or set chat.template to '
+                    'off')
+            whole = self._name_pattern.sub(lambda match: self._names[match[0]], whole)
+            return self._ids(self._inserted(whole, texts), add_special_tokens=False)
+        # It changes the texts, so their places are unknown, but its control tokens are marked.
+        whole = direct if marked else render(real, marked=True)
+        if built or self._built or self._plain(whole) != (render(real) if marked else direct):
+            raise TextError(
+                "the model's chat template changes the texts, and with them its special tokens: "
+                'rephrase the texts, or set chat.template to off')
         return self._ids(whole, add_special_tokens=False)
 
     def count(self, text: str) -> int:
@@ -200,19 +216,29 @@ class Text:
     def _inserted(self, whole: str, texts: Sequence[str]) -> str:
         return self._place.sub(lambda match: _escaped(texts[int(match[1])], len(match[2])), whole)
 
-    def _check_changed(self, direct: str, whole: str, names: Sequence[str]) -> None:
-        """
-        Refuse texts that the template changes together with control tokens.
+    def _plain(self, whole: str) -> str:
+        """Undo the renaming of control tokens."""
+        return self._secret.sub(lambda match: self._ordinary.get(match[0], match[0]), whole)
 
-        :param direct: the conversation with the texts.
-        :param whole: the same with placeholders.
-        :param names: control tokens in the texts.
+    def _check_omitted(self, number: int, messages: list[dict[str, Any]], whole: str,
+                       render: Callable[[list[dict[str, Any]]], str]) -> None:
         """
-        if self._name_pattern.findall(direct) != self._name_pattern.findall(whole) or (
-                names and '\ue000' in self._place.sub('', direct)):
-            raise TextError(
-                "the model's chat template changes the texts, and with them its special tokens: "
-                'rephrase the texts, or set chat.template to off')
+        Refuse a message that has no effect on the conversation.
+
+        :param whole: the conversation with it.
+        """
+        other, role = [*messages], messages[number]['role']
+        other[number] = {**other[number], 'content': f'x{other[number]["content"]}'}
+        try:
+            if render(other) != whole:
+                return
+        except TextError:
+            return
+        which = 'last' if number == len(messages) - 1 else role
+        raise TextError(
+            f"the model's chat template omits the {which} message: "
+            + ('leave chat.system_prompt empty, or ' if role == 'system' else '')
+            + 'set chat.template to off')
 
     def _message(self, message: Message, hide: Callable[[str], str],
                  call_ids: dict[str, str]) -> dict[str, Any]:
@@ -267,23 +293,16 @@ class Text:
             core = text.strip()
             if not core:
                 return text
+            texts.append(core)
             begin = text.index(core)
-            return f'{text[:begin]}{self._placed(core, texts)}{text[begin + len(core):]}'
+            place = f'\ue000{self._nonce}:{len(texts) - 1}"\ue000'
+            return f'{text[:begin]}{place}{text[begin + len(core):]}'
 
         parts, end = [], 0
         for word in self._word_pattern.finditer(content):
             parts += [hidden(content[end:word.start()]), word[0]]
             end = word.end()
         return ''.join([*parts, hidden(content[end:])])
-
-    def _without_names(self, text: str, names: list[str]) -> str:
-        """Replace the control tokens in a text with placeholders."""
-        return self._name_pattern.sub(lambda match: self._placed(match[0], names), text)
-
-    def _placed(self, text: str, texts: list[str]) -> str:
-        """Return a new placeholder for a text."""
-        texts.append(text)
-        return f'\ue000{self._nonce}:{len(texts) - 1}"\ue000'
 
     def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         reserved = sorted(kwargs.keys() & self._reserved)
@@ -305,20 +324,25 @@ class Text:
             raise TextError(f'tools contain {shown}, a special token of the model: remove it')
 
     def _render(self, messages: list[dict[str, Any]], kwargs: Mapping[str, Any],
-                answer: bool = True, tools: Sequence[Mapping[str, Any]] = ()) -> str:
+                answer: bool = True, tools: Sequence[Mapping[str, Any]] = (),
+                marked: bool = False) -> str:
+        source = self._tool_source if tools else self._source
+        if marked:
+            kwargs = {**self._special, **kwargs}
         try:
             return str(self._tokenizer.apply_chat_template(
-                messages, chat_template=self._tool_source if tools else self._source,
+                messages, chat_template=self._marked[source] if marked else source,
                 tokenize=False, add_generation_prompt=answer,
                 **({'tools': [*tools]} if tools else {}), **kwargs))
         except MemoryError:
             raise
         except Exception as error:
             # A template is a program and can raise any exception.
-            self._check_syntax(error, self._tool_source if tools else self._source)
+            self._check_syntax(error, source)
             roles = ', '.join(message['role'] for message in messages)
             raise TextError(
-                f"the model's chat template refuses a conversation of {roles}: {error}; leave "
+                f"the model's chat template refuses a conversation of {roles}: "
+                f'{self._plain(str(error))}; leave '
                 'chat.system_prompt empty if that is the cause, or set chat.template to off'
             ) from error
 
@@ -351,11 +375,33 @@ class Text:
         return {word for word in words if len(word.strip()) > 1
                 and not any(_overlap(word, name) for name in self._names)}
 
-    def _trial(self, *roles: str, answer: bool) -> str:
+    def _with_secrets(self, source: str) -> str:
+        """Rename the control tokens in a template's texts and literals."""
+        from jinja2 import Environment
+
+        return ''.join(
+            self._name_pattern.sub(lambda match: self._names[match[0]], token)
+            if kind in ('data', 'string') else token
+            for _, kind, token in Environment(keep_trailing_newline=True).lex(source))
+
+    def _find_built(self) -> set[str]:
+        """Return the control tokens that the template builds, such as from the role."""
+        trials = [partial(self._trial, *roles, answer=True, tools=tools)
+                  for tools in ((), (_TRIAL_TOOL,)) if self._source
+                  for roles in (('user',), ('system', 'user'), ('user', 'assistant'),
+                                ('user', 'assistant', 'tool'))]
+        if any(self._plain(trial(marked=True)) != trial() for trial in trials):
+            # It compares or cuts the names of its control tokens.
+            self._marked, self._special = {source: source for source in self._marked}, {}
+        return {name for trial in trials
+                for name in self._name_pattern.findall(trial(marked=True))}
+
+    def _trial(self, *roles: str, answer: bool, **options: Any) -> str:
         """Render short messages of these roles; empty if the template refuses them."""
+        kwargs = {'strftime_now': datetime(2000, 1, 1).strftime}
         try:
             return self._render([{'role': role, 'content': f'\ue000{index}'}
-                                 for index, role in enumerate(roles)], {}, answer)
+                                 for index, role in enumerate(roles)], kwargs, answer, **options)
         except TextError:
             return ''
 
@@ -501,11 +547,6 @@ def _matching_tag(name: str) -> str:
     """Return the closing tag of an opening one, or the reverse; empty if it is not a tag."""
     match = re.fullmatch(r'<(/?)(\w+)>', name)
     return f'<{"" if match[1] else "/"}{match[2]}>' if match else ''
-
-
-def _which(number: int, messages: Sequence[Message]) -> str:
-    return 'last message' if number == len(messages) - 1 else \
-        f'{messages[number].role} message'
 
 
 def _check_ids(backend: Any, ids: Sequence[int], vocab_size: int | None) -> None:
