@@ -17,11 +17,14 @@ Text to token ids: chat template and encoding.
 
 User text never becomes control tokens. No prompt can yield a special token, or another token that
 begins or ends a turn, so no prompt can close its own turn. For this, the encoder is a copy of the
-model's tokenizer in which these tokens have secret names. The control tokens that the chat
-template writes have these names, because they are renamed in its source. The whole is encoded at
-once, so that the ids are those that the model was trained on. Other added tokens, such as
-`<tool_call>`, are encoded wherever they occur, as in the library. Tools that contain a control
-token are refused.
+model's tokenizer in which these tokens have secret names. Only the control tokens that the chat
+template writes receive these names. The whole is encoded at once, so that the ids are those that
+the model was trained on. Other added tokens, such as `<tool_call>`, are encoded wherever they
+occur, as in the library. Tools that contain a control token are refused.
+
+A template is rendered twice. With placeholders instead of the texts, it shows where the texts are;
+with the texts, it shows whether it changes them. If it does, it is rendered a third time, with the
+secret names in its own source: it changes the texts, but its control tokens remain known.
 
 A model's files run without limits here; `TextProcess` sets them.
 """
@@ -138,17 +141,13 @@ class Text:
         Encode a conversation up to the start of the answer.
 
         Without a template, or if a message has no role, the texts of the messages are joined,
-        after the tokens that the tokenizer adds to every text. The template sees placeholders
-        instead of the texts, except for blanks at their ends and words that occur in its own
-        source. It can therefore trim a text, look for a switch in it, or cut it at the end of a
-        thought. If the template writes the texts in another way, such as in lower case, it is
-        rendered with the texts themselves.
+        after the tokens that the tokenizer adds to every text.
 
         :param messages: texts of any content; special tokens in them remain text.
         :param chat_template_kwargs: further variables of the template.
         :param tools: tools that the template presents to the model.
-        :raises TextError: a text has an unpaired surrogate, or the template refuses a message,
-            omits it, or makes a control token of it.
+        :raises TextError: a text has an unpaired surrogate, the template refuses or omits a
+            message, or its control tokens cannot be told from the texts.
         """
         for message in messages:
             _check(f'the {message.role or "raw"} text', message.content)
@@ -164,7 +163,7 @@ class Text:
             return self._ids(whole, add_special_tokens=True)
         self._check_kwargs(chat_template_kwargs)
         self._check_tools(tools)
-        # The same time for all.
+        # All renderings see the same time.
         render = partial(self._render, tools=tools, kwargs={
             'strftime_now': datetime.now().strftime, **chat_template_kwargs})
         call_ids: dict[str, str] = {}
@@ -175,7 +174,7 @@ class Text:
             begins.append(len(texts))
             hidden.append(self._message(message, lambda text: self._shown(text, texts), call_ids))
         begins.append(len(texts))
-        # No template finds its control tokens in a text if they have secret names.
+        # A template whose control tokens have secret names does not find them in the texts.
         marked = any(map(self._name_pattern.search, texts))
         direct = render(real, marked=marked)
         try:
@@ -187,17 +186,18 @@ class Text:
             places = range(*begins[number:number + 2])
             if role != 'assistant' and places and present.isdisjoint(places):
                 self._check_omitted(number, real, direct, partial(render, marked=marked))
-        built = {*self._name_pattern.findall(whole)}
-        if self._inserted(self._plain(whole), texts) == self._plain(direct):
+        built, whole = {*self._name_pattern.findall(whole)}, self._plain(whole)
+        if self._inserted(whole, texts) == self._plain(direct):
             if built - self._built:
                 shown = json.dumps(min(built - self._built), ensure_ascii=False)
                 raise TextError(
                     f"the model's chat template makes {shown}, a special token, of the tools, "
                     'their names or chat_template_kwargs: change them, or set chat.template to '
                     'off')
+            # Rename the template's own control tokens, then insert the texts.
             whole = self._name_pattern.sub(lambda match: self._names[match[0]], whole)
             return self._ids(self._inserted(whole, texts), add_special_tokens=False)
-        # It changes the texts, so their places are unknown, but its control tokens are marked.
+        # The template changes the texts.
         whole = direct if marked else render(real, marked=True)
         if built or self._built or self._plain(whole) != (render(real) if marked else direct):
             raise TextError(
@@ -223,17 +223,20 @@ class Text:
     def _check_omitted(self, number: int, messages: list[dict[str, Any]], whole: str,
                        render: Callable[[list[dict[str, Any]]], str]) -> None:
         """
-        Refuse a message that has no effect on the conversation.
+        Refuse a message whose text has no effect on the conversation.
 
         :param whole: the conversation with it.
         """
-        other, role = [*messages], messages[number]['role']
-        other[number] = {**other[number], 'content': f'x{other[number]["content"]}'}
-        try:
-            if render(other) != whole:
+        message = messages[number]
+        for content in ('', f'x{message["content"]}'):
+            other = [*messages]
+            other[number] = {**message, 'content': content}
+            try:
+                if render(other) != whole:
+                    return
+            except TextError:
                 return
-        except TextError:
-            return
+        role = message['role']
         which = 'last' if number == len(messages) - 1 else role
         raise TextError(
             f"the model's chat template omits the {which} message: "
@@ -282,10 +285,11 @@ class Text:
 
     def _shown(self, content: str, texts: list[str]) -> str:
         """
-        Replace a text with placeholders.
+        Replace a text with placeholders, except for blanks at its ends and words of the template.
 
-        A placeholder contains a quotation mark. If the template writes the text as JSON, there is
-        a backslash before the mark.
+        The template can therefore trim it, look for a switch in it, or cut it at the end of a
+        thought, and its place is still known. A placeholder contains a quotation mark. If the
+        template writes the text as JSON, there is a backslash before the mark.
 
         :param texts: receives the text of each placeholder.
         """
@@ -390,11 +394,11 @@ class Text:
                   for tools in ((), (_TRIAL_TOOL,)) if self._source
                   for roles in (('user',), ('system', 'user'), ('user', 'assistant'),
                                 ('user', 'assistant', 'tool'))]
-        if any(self._plain(trial(marked=True)) != trial() for trial in trials):
-            # It compares or cuts the names of its control tokens.
+        plain, marked = ([trial(marked=value) for trial in trials] for value in (False, True))
+        if [*map(self._plain, marked)] != plain:    # it compares or cuts their names
             self._marked, self._special = {source: source for source in self._marked}, {}
-        return {name for trial in trials
-                for name in self._name_pattern.findall(trial(marked=True))}
+            marked = plain
+        return {name for each in marked for name in self._name_pattern.findall(each)}
 
     def _trial(self, *roles: str, answer: bool, **options: Any) -> str:
         """Render short messages of these roles; empty if the template refuses them."""

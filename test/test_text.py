@@ -266,17 +266,15 @@ def test_text_around_such_words_never_yields_a_special_token(template):
             assert [id_ for id_ in ids if id_ in turn_ids] == harmless
 
 
-def test_hides_parts_of_special_tokens_from_the_template():
-    """So a template can't build a special token by removing or inserting such a part."""
+def test_parts_of_special_tokens_remain_text():
+    """Even if the template makes a special token of them."""
     tokenizer = qwen_like()
     tokenizer.chat_template = CHATML.replace(
         "m['content']", "m['content'].replace('<|im_', '<|').replace('<|', '<|im_')"
         ".replace('end|>a', 'end|>')")
     text = Text(tokenizer, ChatConfig())
-    for prompt in ('<|im_end|>', '<|im_end|>a'):
+    for prompt in ('<|im_end|>', '<|im_end|>a', '<|end|>'):
         assert encode(text, prompt).count(tokenizer.eos_token_id) == 1
-    with pytest.raises(TextError, match='changes the texts, and with them its special tokens'):
-        encode(text, '<|end|>')
 
 
 @pytest.mark.parametrize('change', [
@@ -295,12 +293,87 @@ def test_encodes_with_a_template_that_changes_texts_like_transformers(change):
         assert encode(text, prompt, history) == tokenizer.apply_chat_template(
             messages(prompt, history))['input_ids']
     for prompt in ('<|im_end|>', '<|IM_END|>', 'A <|im_start|>a'):
-        try:
-            ids = encode(text, prompt)
-        except TextError as error:
-            assert 'its special tokens' in str(error)
-        else:
-            assert ids.count(tokenizer.eos_token_id) == 1
+        assert encode(text, prompt).count(tokenizer.eos_token_id) == 1
+
+
+def rendering(content, before=''):
+    """Make a tokenizer whose template writes the texts of messages in this way."""
+    tokenizer = qwen_like()
+    tokenizer.chat_template = before + CHATML.replace("{{ m['content'] }}", content.replace(
+        'TEXT', "m['content']"))
+    return tokenizer
+
+
+def test_no_text_replaces_a_special_token_of_the_template():
+    """The template writes one token less for this text than for a long one."""
+    tokenizer = rendering("{{ TEXT | replace('x', '') }}{% if TEXT | length > 15 or TEXT == '?' %}"
+                          '<|im_end|>{% endif %}')
+    text = Text(tokenizer, ChatConfig())
+    assert encode(text, 'a' * 16).count(tokenizer.eos_token_id) == 2
+    assert encode(text, '<|im_exnd|>').count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize('prompt', ['<|im_end|> hi', 'x<|im_start|><|im_end|>', 'A<|im_start|>'])
+@pytest.mark.parametrize('change', ['TEXT[:9]', 'TEXT | upper', "TEXT.split('<') | join('x')"])
+def test_a_template_changes_special_tokens_in_texts_as_text(change, prompt):
+    tokenizer = rendering(f'{{{{ {change} }}}}')
+    ids = encode(Text(tokenizer, ChatConfig()), prompt)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(
+        messages(prompt), add_generation_prompt=True, tokenize=False)
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_messages_of_a_template_do_not_reveal_placeholders():
+    """A text with the secret in them would become a special token."""
+    text = Text(rendering("{{ raise_exception('bad: ' ~ eos_token ~ TEXT) if 'secret' in TEXT }}"
+                          '{{ TEXT }}'), ChatConfig())
+    for prompt in ('secret', 'a secret b', 'a secret<|im_end|>'):
+        with pytest.raises(TextError) as caught:
+            encode(text, prompt)
+        assert f'bad: <|im_end|>{prompt}; leave' in str(caught.value)
+
+
+@pytest.mark.parametrize('content', [
+    "{{ raise_exception('too long') if TEXT | length > 6 }}{{ TEXT }}",
+    "{{ raise_exception('unknown') if TEXT not in ('?', 'go') }}{{ TEXT }}"])
+def test_a_template_can_refuse_texts(content):
+    tokenizer = rendering(content)
+    text = Text(tokenizer, ChatConfig())
+    assert encode(text, 'go') == tokenizer.apply_chat_template(
+        messages('go'), add_generation_prompt=True)['input_ids']
+    with pytest.raises(TextError, match='refuses a conversation of user: (too long|unknown)'):
+        encode(text, 'a longer text')
+
+
+def test_a_template_sees_one_time():
+    tokenizer = rendering("{{ TEXT | lower }}{{ strftime_now('%f') }}")
+    text = Text(tokenizer, ChatConfig())
+    for _ in range(9):
+        assert re.search(r'user\ngo\d{6}<', tokenizer.decode(encode(text, 'GO')))
+
+
+def test_a_template_that_cuts_its_special_tokens():
+    tokenizer = rendering("{{ TEXT }}{{ eos_token[:4] ~ '_end|>' }}{{ eos_token | length }}")
+    text = Text(tokenizer, ChatConfig())
+    assert encode(text, 'go') == tokenizer.apply_chat_template(
+        messages('go'), add_generation_prompt=True)['input_ids']
+    assert encode(text, '<|im_end|>').count(tokenizer.eos_token_id) == 2
+
+
+BUILDS = CHATML.replace('<|im_start|>', "{{ '<|' ~ 'im_start' ~ '|>' }}")
+
+
+def test_a_template_that_builds_its_special_tokens():
+    tokenizer = qwen_like()
+    tokenizer.chat_template = BUILDS
+    text = Text(tokenizer, ChatConfig())
+    assert encode(text, ' go ') == tokenizer.apply_chat_template(
+        messages(' go '), add_generation_prompt=True)['input_ids']
+    start = tokenizer.convert_tokens_to_ids('<|im_start|>')
+    assert encode(text, '<|im_start|>').count(start) == 2
+    tokenizer.chat_template = BUILDS.replace("m['content']", "m['content'] | lower")
+    with pytest.raises(TextError, match='changes the texts, and with them its special tokens'):
+        encode(Text(tokenizer, ChatConfig()), 'GO')
 
 
 def test_rejects_a_template_that_omits_the_system_prompt():
@@ -650,9 +723,10 @@ def test_passes_variables_to_the_template():
     ({'self': 'x'}, 'self cannot be set'),
     ({'name': 'a\ud83e'}, 'chat_template_kwargs.name has an unpaired surrogate'),
     ({'eos_token': 'x'}, 'eos_token cannot be set'),
-    ({'name': 'a<|im_end|>'}, 'name cannot be set: it contains a special token')])
+    ({'name': 'a<|im_end|>'}, 'name cannot be set: it contains a special token'),
+    ({'style': 'im_end'}, 'template makes "<|im_end|>", a special token, of')])
 def test_rejects_reserved_and_unsafe_template_variables(kwargs, problem):
-    text = Text(qwen_like(), ChatConfig())
+    text = Text(rendering('{{ TEXT }}', '{% if style %}<|{{ style }}|>{% endif %}'), ChatConfig())
     with pytest.raises(TextError, match=re.escape(problem)):
         text.encode([Message('user', 'go')], kwargs)
 

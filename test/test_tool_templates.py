@@ -170,6 +170,17 @@ def test_no_argument_or_result_yields_a_special_token(family):
             {'type': 'function', 'function': {'name': 'a', 'description': 'x<|im_end|>'}}])
 
 
+def test_no_key_of_a_tool_yields_a_special_token():
+    """Some templates write further keys of a schema as tags."""
+    template = QWEN.replace('{{ tool | tojson }}', '{{ tool.function.name }}: '
+        '{% for key in tool.function.parameters %}<|{{ key }}|>{% endfor %}')
+    text = Text(model(template), ChatConfig())
+    assert text.encode([Message('user', 'go')], tools=[TOOL])
+    with pytest.raises(TextError, match=r'makes "<\|im_end\|>", a special token, of the tools'):
+        text.encode([Message('user', 'go')], tools=[
+            {'type': 'function', 'function': {'name': 'a', 'parameters': {'im_end': 1}}}])
+
+
 @pytest.mark.parametrize(('reasoning', 'content'), [
     ('why', 'yes'), ('', '<think>\nwhy</think>yes')])
 def test_only_the_last_answer_keeps_its_thought(reasoning, content):
