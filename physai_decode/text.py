@@ -191,9 +191,9 @@ class Text:
             if built - self._built:
                 shown = json.dumps(min(built - self._built), ensure_ascii=False)
                 raise TextError(
-                    f"the model's chat template makes {shown}, a special token, of the tools, "
-                    'their names or chat_template_kwargs: change them, or set chat.template to '
-                    'off')
+                    f"the model's chat template builds {shown}, a special token, of other texts, "
+                    'such as a key of a tool or a value in chat_template_kwargs: change them, or '
+                    'set chat.template to off')
             # Rename the template's own control tokens, then insert the texts.
             whole = self._name_pattern.sub(lambda match: self._names[match[0]], whole)
             return self._ids(self._inserted(whole, texts), add_special_tokens=False)
@@ -433,11 +433,13 @@ class Text:
             call = self._call(_TRIAL, _TRIAL.id, lambda text: text)
             call['function']['arguments'] = json.dumps(_TRIAL.arguments) \
                 if self._arguments_as_text else _TRIAL.arguments
+            called = partial(self._render, [
+                prompt, {'role': 'assistant', 'content': '', 'tool_calls': [call]},
+                {'role': 'tool', 'content': 'Done.', 'tool_call_id': _TRIAL.id}], {},
+                tools=[_TRIAL_TOOL])
             try:
-                rendered = self._render(
-                    [prompt, {'role': 'assistant', 'content': '', 'tool_calls': [call]},
-                     {'role': 'tool', 'content': 'Done.', 'tool_call_id': _TRIAL.id}], {},
-                    tools=[_TRIAL_TOOL])
+                rendered = called()
+                self._built.update(self._name_pattern.findall(called(marked=True)))
             except TextError:
                 continue
             known = [name for name, form in TOOL_FORMS.items() if reads(form, rendered, _TRIAL[1:])

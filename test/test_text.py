@@ -724,7 +724,7 @@ def test_passes_variables_to_the_template():
     ({'name': 'a\ud83e'}, 'chat_template_kwargs.name has an unpaired surrogate'),
     ({'eos_token': 'x'}, 'eos_token cannot be set'),
     ({'name': 'a<|im_end|>'}, 'name cannot be set: it contains a special token'),
-    ({'style': 'im_end'}, 'template makes "<|im_end|>", a special token, of')])
+    ({'style': 'im_end'}, 'template builds "<|im_end|>", a special token, of')])
 def test_rejects_reserved_and_unsafe_template_variables(kwargs, problem):
     text = Text(rendering('{{ TEXT }}', '{% if style %}<|{{ style }}|>{% endif %}'), ChatConfig())
     with pytest.raises(TextError, match=re.escape(problem)):

@@ -170,13 +170,25 @@ def test_no_argument_or_result_yields_a_special_token(family):
             {'type': 'function', 'function': {'name': 'a', 'description': 'x<|im_end|>'}}])
 
 
+def test_a_template_that_builds_special_tokens_of_the_role():
+    template = QWEN.replace("m['role'] == 'tool'", 'false').replace(
+        BEGIN, "{{ '<|' ~ m['role'] ~ '|>' }}")
+    tokenizer = model(template)
+    tokenizer.add_special_tokens({'additional_special_tokens': ['<|user|>', '<|tool|>']})
+    text = Text(tokenizer, ChatConfig())
+    names = [text.backend.id_to_token(id_) for id_ in text.encode(
+        conversation('<|tool|>', '<|user|>'), tools=[TOOL]) if id_ in text.special_ids]
+    assert names == ['<|im_start|>', '<|im_end|>', '<|user|>', '<|im_end|>', '<|im_end|>',
+                     '<|tool|>', '<|im_end|>', '<|im_start|>']
+
+
 def test_no_key_of_a_tool_yields_a_special_token():
     """Some templates write further keys of a schema as tags."""
     template = QWEN.replace('{{ tool | tojson }}', '{{ tool.function.name }}: '
         '{% for key in tool.function.parameters %}<|{{ key }}|>{% endfor %}')
     text = Text(model(template), ChatConfig())
     assert text.encode([Message('user', 'go')], tools=[TOOL])
-    with pytest.raises(TextError, match=r'makes "<\|im_end\|>", a special token, of the tools'):
+    with pytest.raises(TextError, match=r'builds "<\|im_end\|>", a special token, of'):
         text.encode([Message('user', 'go')], tools=[
             {'type': 'function', 'function': {'name': 'a', 'parameters': {'im_end': 1}}}])
 
