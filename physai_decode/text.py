@@ -163,46 +163,7 @@ class Text:
             return self._ids(whole, add_special_tokens=True)
         self._check_kwargs(chat_template_kwargs)
         self._check_tools(tools)
-        # All renderings see the same time.
-        render = partial(self._render, tools=tools, kwargs={
-            'strftime_now': datetime.now().strftime, **chat_template_kwargs})
-        call_ids: dict[str, str] = {}
-        real = [self._message(message, str, call_ids) for message in messages]
-        texts: list[str] = []
-        hidden, begins = [], []
-        for message in messages:
-            begins.append(len(texts))
-            hidden.append(self._message(message, lambda text: self._shown(text, texts), call_ids))
-        begins.append(len(texts))
-        # A template whose control tokens have secret names does not find them in the texts.
-        marked = any(map(self._name_pattern.search, texts))
-        direct = render(real, marked=marked)
-        try:
-            whole = render(hidden, marked=True)
-        except TextError:               # it refuses placeholders
-            whole = ''
-        present = {int(index) for index, _ in self._place.findall(whole)}
-        for number, (role, *_) in enumerate(messages):
-            places = range(*begins[number:number + 2])
-            if role != 'assistant' and places and present.isdisjoint(places):
-                self._check_omitted(number, real, direct, partial(render, marked=marked))
-        built, whole = {*self._name_pattern.findall(whole)}, self._plain(whole)
-        if self._inserted(whole, texts) == self._plain(direct):
-            if built - self._built:
-                shown = json.dumps(min(built - self._built), ensure_ascii=False)
-                raise TextError(
-                    f"the model's chat template builds {shown}, a special token, of other texts, "
-                    'such as a key of a tool or a value in chat_template_kwargs: change them, or '
-                    'set chat.template to off')
-            # Rename the template's own control tokens, then insert the texts.
-            whole = self._name_pattern.sub(lambda match: self._names[match[0]], whole)
-            return self._ids(self._inserted(whole, texts), add_special_tokens=False)
-        # The template changes the texts.
-        whole = direct if marked else render(real, marked=True)
-        if built or self._built or self._plain(whole) != (render(real) if marked else direct):
-            raise TextError(
-                "the model's chat template changes the texts, and with them its special tokens: "
-                'rephrase the texts, or set chat.template to off')
+        whole = self._templated(messages, chat_template_kwargs, tools)
         return self._ids(whole, add_special_tokens=False)
 
     def count(self, text: str) -> int:
@@ -212,6 +173,49 @@ class Text:
     def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
         """Create a detokenizer for one answer, which any of the strings in ``stop`` ends."""
         return Detokenizer(self.backend, self.special_ids, stop)
+
+    def _templated(self, messages: Sequence[Message], kwargs: Mapping[str, Any],
+                   tools: Sequence[Mapping[str, Any]]) -> str:
+        """Return the conversation as the template writes it, its control tokens renamed."""
+        # All renderings see the same time.
+        render = partial(self._render, tools=tools, kwargs={
+            'strftime_now': datetime.now().strftime, **kwargs})
+        call_ids: dict[str, str] = {}
+        real = [self._message(message, str, call_ids) for message in messages]
+        texts: list[str] = []
+        hidden, places = [], []
+        for message in messages:
+            begin = len(texts)
+            hidden.append(self._message(message, lambda text: self._shown(text, texts), call_ids))
+            places.append(range(begin, len(texts)))
+        # A template whose control tokens have secret names does not find them in the texts.
+        marked = any(map(self._name_pattern.search, texts))
+        direct = render(real, marked=marked)
+        try:
+            whole = render(hidden, marked=True)
+        except TextError:               # it refuses placeholders
+            whole = ''
+        present = {int(index) for index, _ in self._place.findall(whole)}
+        for number, (role, *_) in enumerate(messages):
+            if role != 'assistant' and places[number] and present.isdisjoint(places[number]):
+                self._check_omitted(number, real, direct, partial(render, marked=marked))
+        built, whole = {*self._name_pattern.findall(whole)}, self._plain(whole)
+        if self._inserted(whole, texts) == self._plain(direct):
+            if built - self._built:
+                shown = json.dumps(min(built - self._built), ensure_ascii=False)
+                raise TextError(
+                    f"the model's chat template builds {shown}, a special token, of other texts, "
+                    'such as a key of a tool or a value in chat_template_kwargs: change them, or '
+                    'set chat.template to off')
+            whole = self._name_pattern.sub(lambda match: self._names[match[0]], whole)
+            return self._inserted(whole, texts)
+        # The template changes the texts.
+        whole = direct if marked else render(real, marked=True)
+        if built or self._built or self._plain(whole) != (render(real) if marked else direct):
+            raise TextError(
+                "the model's chat template changes the texts, and with them its special tokens: "
+                'rephrase the texts, or set chat.template to off')
+        return whole
 
     def _inserted(self, whole: str, texts: Sequence[str]) -> str:
         return self._place.sub(lambda match: _escaped(texts[int(match[1])], len(match[2])), whole)
