@@ -249,7 +249,8 @@ def parsing(path: Path | str) -> Iterator[None]:
         if isinstance(error, KeyError):
             reason = f'{shown(error.args[0])} is missing'
         raise EngineError(
-            f'{path} is damaged ({reason}): copy or download the model again') from error
+            f'{path} is damaged ({reason}): copy or download the model again, or correct the '
+            'file') from error
 
 
 def _inspect(folder: Path, parameter: str) -> Checkpoint:

@@ -178,8 +178,8 @@ class SpeculationConfig:
         'earlier in the prompt or the answer; model: as lookup, but speculation.draft_model '
         'makes the draft where its tokens are expected to save more time. On a CPU, the text is '
         'the same as without drafts. On a GPU, all steps use other kernels, whose rounding may '
-        'change the text. Only the native engine supports drafts; with others, `~/model_info` '
-        'says why they are off',
+        'change the text. Only the native engine supports drafts, but not for a mixture of '
+        'experts, and on a GPU not for weights of 8 bits; `~/model_info` says why they are off',
         choices=('off', 'lookup', 'model'))
     draft_model: str = _option(
         '', 'a smaller model with the same tokenizer, named as in model.path, that makes drafts '

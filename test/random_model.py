@@ -85,7 +85,7 @@ FAMILIES = {
             'long_factor': [2.0 + i for i in range(24)], 'attention_factor': 1.19}},
     'gemma3_text_wide': {'model_type': 'gemma3_text', 'head_dim': 256, 'tie_word_embeddings': True,
                          'layer_types': ['full_attention', 'sliding_attention']}}
-# Those without experts, which run passes of several tokens and captured prefill.
+# Those without experts, which run passes of several tokens.
 DENSE = tuple(family for family, settings in FAMILIES.items() if 'num_experts' not in settings)
 
 

@@ -1549,6 +1549,7 @@ def test_run_on_the_cpu_writes_the_complete_report(tmp_path, capsys):
     assert bench.main(arguments) == 0
     shown = capsys.readouterr().out
     assert '[2/3] transformers: tiny, random weights, bf16' in shown
+    assert 'mask: on the host; a GPU computes meanwhile' in ' '.join(shown.split())
     written = json.loads((tmp_path / 'results.json').read_text())
     assert written['command'].startswith('decode_bench --synthetic tiny')
     native, eager, missing = written['results']

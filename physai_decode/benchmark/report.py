@@ -382,7 +382,7 @@ def masked(results: Sequence[Result]) -> Table:
         'engine', 'context', 'free p50 ms', 'p99', 'masked p50 ms', 'p99', '/ free', 'mask p50 ms',
         'p99', 'compile ms', 'vocabulary ms'], notes=[
             'Answers in one process, constrained and free in turn and equally long, after the '
-            'same prompt, at temperature 1. mask: on the host, while the device computes. '
+            'same prompt, at temperature 1. mask: on the host; a GPU computes meanwhile. '
             'compile: once per schema. vocabulary: to read it, once per model.'])
     for (name, context), found in grouped(results).items():
         timed = [cell['masked'] for cell in found if cell.get('masked')]
