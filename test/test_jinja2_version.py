@@ -18,7 +18,7 @@ from pathlib import Path
 import re
 from xml.etree import ElementTree
 
-from physai_decode import text
+from physai_decode import chat_template
 from physai_decode.config import ChatConfig
 from physai_decode.text import Text
 from physai_decode.tokenizer_files import load_tokenizer
@@ -26,7 +26,7 @@ from physai_decode.tokenizer_files import TextError
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MINIMUM = '.'.join(map(str, text.SANDBOX))
+MINIMUM = '.'.join(map(str, chat_template.SANDBOX))
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +38,7 @@ def tokenizer():
 @pytest.mark.parametrize('version', ['3.0.3', '3.1.2', '3.1.5', '2.11'])
 def test_rejects_an_older_jinja2(tokenizer, monkeypatch, version):
     """Ubuntu 22.04 and 24.04 have such versions; without a template, any version works."""
-    monkeypatch.setattr(text, 'version', lambda name: version)
+    monkeypatch.setattr(chat_template, 'version', lambda name: version)
     with pytest.raises(TextError, match=f'jinja2 {version}: .*>=3.1.6.*chat.template to off'):
         Text(tokenizer, ChatConfig())
     Text(tokenizer, ChatConfig(template='off'))
@@ -47,7 +47,7 @@ def test_rejects_an_older_jinja2(tokenizer, monkeypatch, version):
 @pytest.mark.parametrize('version', ['3.1.6', '3.1.10', '3.2', '4.0.0'])
 def test_accepts_a_newer_jinja2(tokenizer, monkeypatch, version):
     """Versions are compared as numbers: 3.1.10 is newer than 3.1.6."""
-    monkeypatch.setattr(text, 'version', lambda name: version)
+    monkeypatch.setattr(chat_template, 'version', lambda name: version)
     Text(tokenizer, ChatConfig())
 
 
@@ -57,7 +57,7 @@ def test_requirements_name_the_minimum_version():
     depend, = (each for each in manifest.iter('exec_depend') if each.text == 'python3-jinja2')
     assert depend.get('version_gte') == MINIMUM
     pinned = re.search(r'^jinja2==(.+)$', (ROOT / 'constraints.txt').read_text(), re.MULTILINE)[1]
-    assert tuple(map(int, pinned.split('.'))) >= text.SANDBOX
+    assert tuple(map(int, pinned.split('.'))) >= chat_template.SANDBOX
     for name in ('setup.py', 'docs/install.md'):
         versions = re.findall(r"'jinja2>=([\d.]+)'", (ROOT / name).read_text())
         assert set(versions) == {MINIMUM}, name

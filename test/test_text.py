@@ -430,7 +430,7 @@ def test_system_prompt_never_yields_a_special_token():
 
 def test_prompts_can_not_forge_placeholders():
     text = Text(qwen_like(), ChatConfig())
-    nonce = text._nonce
+    nonce = text._chat_template._nonce
     for prompt in (f'\ue000{nonce}:0\ue000', '\\1', r'\g<0>', '{{ 7 * 7 }}', '{% raw %}'):
         assert prompt in text.detokenizer()._decode(encode(text, prompt, [('one', 'two')]))
 
