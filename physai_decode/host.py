@@ -90,7 +90,6 @@ class Loaded(NamedTuple):
     server: openai.Server | None = None
     warnings: tuple[str, ...] = ()
     ready: bool = True              # False: the server does not have the model, or not yet
-    unapplied: tuple[str, ...] = ()     # settings in generation_config.json
 
     @property
     def footprint(self) -> Footprint:
@@ -155,8 +154,8 @@ def _load_local(config: DecodeConfig, progress: Callable[[str], None],
             shape = engine.footprint
             text.vocabulary(shape.vocab_size, shape.eos_token_ids).constraint(form)
         loaded = Loaded(engine, text, peak, facts, model.sampling, form,
-                        warnings=tuple(_idle_draft(engine, config.speculation.draft_model)),
-                        unapplied=model.unapplied)
+                        warnings=(*_idle_draft(engine, config.speculation.draft_model),
+                                  *_unapplied(model.unapplied)))
         undo.pop_all()
         return loaded
 
@@ -213,13 +212,12 @@ def _endless(engine: Engine | None) -> str:
             'string: the model folder names no end token; copy or download its JSON files again')
 
 
-def _unapplied(names: Sequence[str]) -> str:
-    """Return a warning if a model has settings that change its text, but are not applied."""
-    if not names:
-        return ''
-    return (f'the generation_config.json of the model sets {", ".join(names)}, which no engine '
-            'applies, so the text can differ from that of the transformers library: take a model '
-            'that does not need them, or delete them from the file to end this warning')
+def _unapplied(names: Sequence[str]) -> Iterator[str]:
+    """Yield a warning if a model has settings that change its text, but are not applied."""
+    if names:
+        yield (f'the generation_config.json of the model sets {", ".join(names)}, which no engine '
+               'applies, so the text can differ from that of the transformers library: take a '
+               'model that does not need them, or delete them from the file to end this warning')
 
 
 def _untemplated(template: str) -> str:
@@ -350,7 +348,7 @@ class Host:
             self.telemetry = Telemetry(self.loaded.device_footprint)
             unused = _unused_gpu(config, self.loaded.device_footprint)
             for each in (*self.loaded.warnings, self.telemetry.problem, unused,
-                         _endless(self.loaded.engine), _unapplied(self.loaded.unapplied),
+                         _endless(self.loaded.engine),
                          _untemplated(self.loaded.facts.get('chat_template', ''))):
                 if each:
                     self._warn(each)

@@ -214,7 +214,7 @@ def _dense(x, weight, bias, out, slots, owners, routing, first, n, k, tokens, he
     ``k`` is a multiple of COLUMNS. ``out`` is [splits, tokens, width]. If PAIRED, a tile
     interleaves 8 rows of the first half (gate) and 8 of the second (up). If GATED, ``out`` is
     activation(gate) * up, after ``bias`` is added. If EXPERTS, ``weight`` is a stack, and a row of
-    ``x`` is multiplied by those that `_arrange` assigns; see `_place`.
+    ``x`` is multiplied by those that are assigned to it; see `_place`.
     """
     block, at, place, expert, used = _place(slots, owners, tokens, held, TOKENS, EXPERTS, PDL)
     begin, end = _split_range(k // COLUMNS)
