@@ -119,9 +119,11 @@ class ChatTemplate:
                          for key, token in self._tokenizer.special_tokens_map.items()
                          if isinstance(token, str)}
         self._name_pattern = _matcher(self._names)
-        sources = {self.source, self._tool_source} - {''}
-        self._word_pattern = _matcher({word for source in sources for word in self._words(source)})
-        self._marked = {source: self._with_secrets(source) for source in sources}
+        parts = {source: self._parts(source)
+                 for source in {self.source, self._tool_source} - {''}}
+        self._word_pattern = _matcher({
+            word for each in parts.values() for word in self._words(each)})
+        self._marked = {source: self._with_secrets(each) for source, each in parts.items()}
         if self.source:
             self._built = self._find_built()
             self.form, self.reason = self._find_form()
@@ -322,31 +324,31 @@ class ChatTemplate:
                 f'in line {error.lineno}: copy or download the model again, or set '
                 'chat.template to off') from error
 
-    def _words(self, source: str) -> set[str]:
-        """
-        Return the string literals in a template's source, which it may search messages for.
-
-        Literals that overlap with a control token are left out.
-        """
+    def _parts(self, source: str) -> list[tuple[str, str]]:
+        """Return the kind and the text of each part of a template's source."""
         from jinja2 import Environment
 
         try:
-            words = {_unescaped(token[1:-1]) for _, kind, token in Environment().lex(source)
-                     if kind == 'string'}
+            return [part[1:] for part in Environment(keep_trailing_newline=True).lex(source)]
         except Exception as error:
             self._check_syntax(error, source)
             raise
+
+    def _words(self, parts: list[tuple[str, str]]) -> set[str]:
+        """
+        Return the string literals in a template, which it may search messages for.
+
+        Literals that overlap with a control token are left out.
+        """
+        words = {_unescaped(text[1:-1]) for kind, text in parts if kind == 'string'}
         return {word for word in words if len(word.strip()) > 1
                 and not any(_overlap(word, name) for name in self._names)}
 
-    def _with_secrets(self, source: str) -> str:
-        """Rename the control tokens in a template's texts and literals."""
-        from jinja2 import Environment
-
+    def _with_secrets(self, parts: list[tuple[str, str]]) -> str:
+        """Return a template whose texts and literals have control tokens by secret names."""
         return ''.join(
-            self._name_pattern.sub(lambda match: self._names[match[0]], token)
-            if kind in ('data', 'string') else token
-            for _, kind, token in Environment(keep_trailing_newline=True).lex(source))
+            self._name_pattern.sub(lambda match: self._names[match[0]], text)
+            if kind in ('data', 'string') else text for kind, text in parts)
 
     def _find_built(self) -> set[str]:
         """Return the control tokens that the template builds, such as from the role."""

@@ -64,7 +64,6 @@ _NO_GGUF = ('get the model in Hugging Face layout, with safetensors, or serve th
 # Of a folder that cannot be written.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
                 errno.ENOTDIR)
-_GENERATION = 'generation_config.json'
 _DOWNLOADED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
 
 
@@ -90,6 +89,7 @@ class Checkpoint:
 
     folder: Path
     config: Mapping[str, Any]            # config.json
+    generation: Mapping[str, Any]        # generation_config.json; empty without one
     eos_token_ids: tuple[int, ...]       # ids that end an answer
     tensors: Mapping[str, TensorEntry]
 
@@ -98,21 +98,15 @@ class Checkpoint:
         """The config of the language model, which multimodal configs nest."""
         return model_config.part(self.config, 'text_config') or self.config
 
-    @cached_property
+    @property
     def sampling(self) -> Mapping[str, Any]:
         """Sampling settings in generation_config.json, by field of `SamplingConfig`."""
-        with parsing(self.folder / _GENERATION):
-            return model_config.sampling(self._generation)
+        return model_config.sampling(self.generation)
 
     @property
     def unapplied(self) -> tuple[str, ...]:
         """Settings in generation_config.json that change the text, but that no engine applies."""
-        return model_config.unapplied(self._generation)
-
-    @cached_property
-    def _generation(self) -> Mapping[str, Any]:
-        path = self.folder / _GENERATION
-        return _read_json(path) if path.exists() else {}
+        return model_config.unapplied(self.generation)
 
     @property
     def vocab_size(self) -> int | None:
@@ -279,7 +273,15 @@ def _inspect(folder: Path, parameter: str) -> Checkpoint:
                 f'{tensors[twice].path} and {path.name} both have the tensor {twice}: remove the '
                 'files of another model, or download the model into an empty folder')
         tensors.update(header)
-    model = Checkpoint(folder, config, _eos_token_ids(folder, config), tensors)
+    file = folder / 'generation_config.json'
+    generation = _read_json(file) if file.exists() else {}
+    with parsing(file):
+        ends = model_config.end_ids(generation)
+    with parsing(folder / 'config.json'):
+        ends += model_config.end_ids(config)
+        ends += model_config.end_ids(model_config.part(config, 'text_config'))
+    # The end tokens of all files, as one of them may be out of date.
+    model = Checkpoint(folder, config, generation, tuple(dict.fromkeys(ends)), tensors)
     with parsing(folder / 'config.json'):
         model_config.check(config)
         model_config.check(model.text_config)
@@ -288,7 +290,8 @@ def _inspect(folder: Path, parameter: str) -> Checkpoint:
         raise EngineError(
             f'{folder}: is_causal is false in config.json, so the model reads text in both '
             'directions, as embedding models do, and cannot generate it: choose another model')
-    _ = model.sampling
+    with parsing(file):
+        _ = model.sampling
     return model
 
 
@@ -370,19 +373,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise EngineError(
             f'{path} is missing, so {path.parent} is not a complete model folder in Hugging Face '
             'layout: copy or download the model again') from None
-
-
-def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Collect the end tokens of all files, as one of them may be out of date."""
-    path = folder / _GENERATION
-    found: list[int] = []
-    if path.exists():
-        with parsing(path):
-            found += model_config.end_ids(_read_json(path))
-    with parsing(folder / 'config.json'):
-        found += model_config.end_ids(config)
-        found += model_config.end_ids(model_config.part(config, 'text_config'))
-    return tuple(dict.fromkeys(found))
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str]]:

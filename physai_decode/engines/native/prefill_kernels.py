@@ -196,11 +196,14 @@ def _place(slots, owners, tokens, held, TOKENS: tl.constexpr, EXPERTS: tl.conste
 
 
 @triton.jit
-def _split_range(steps):
-    """Return the range of steps of this program's split."""
+def _split_range(steps, used, EXPERTS: tl.constexpr):
+    """Return the range of steps of this program's split; if EXPERTS, an empty one if not used."""
     each = tl.cdiv(steps, tl.num_programs(1))
     begin = tl.program_id(1) * each
-    return begin, tl.minimum(steps, begin + each)
+    end = tl.minimum(steps, begin + each)
+    if EXPERTS:
+        end = tl.where(used, end, begin)
+    return begin, end
 
 
 @triton.jit
@@ -217,9 +220,8 @@ def _dense(x, weight, bias, out, slots, owners, routing, first, n, k, tokens, he
     ``x`` is multiplied by those that are assigned to it; see `_place`.
     """
     block, at, place, expert, used = _place(slots, owners, tokens, held, TOKENS, EXPERTS, PDL)
-    begin, end = _split_range(k // COLUMNS)
+    begin, end = _split_range(k // COLUMNS, used, EXPERTS)
     if EXPERTS:
-        end = tl.where(used, end, begin)
         weight += expert * n * k
     rows = first + block * ROWS + tl.arange(0, ROWS)
     # Rows past the end are clamped to the last row, so the loop needs no row mask.
@@ -257,10 +259,9 @@ def _scaled(x, values, scales, zeros, bias, out, slots, owners, routing, first, 
     GROUP is a multiple of COLUMNS. BY_ROW, there is one scale per row, and no zeros.
     """
     block, at, place, expert, used = _place(slots, owners, tokens, held, TOKENS, EXPERTS, PDL)
-    begin, end = _split_range(k // COLUMNS)
+    begin, end = _split_range(k // COLUMNS, used, EXPERTS)
     own = tl.minimum(first + block * ROWS + tl.arange(0, ROWS), n - 1)
     if EXPERTS:
-        end = tl.where(used, end, begin)
         own += expert * n
     columns = tl.arange(0, COLUMNS)
     row = values + own.to(tl.int64)[:, None] * k + columns[None, :]
@@ -378,6 +379,33 @@ def _zero_point(zero, NUMBER: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.conste
 
 
 @triton.jit
+def _tiles(index, n, expert, EXPERTS: tl.constexpr):
+    """Return tiles of 16 of an expert's n rows; instead of those past the end, the last."""
+    count = tl.cdiv(n, 16)
+    tiles = tl.minimum(index, count - 1).to(tl.int64)
+    if EXPERTS:
+        tiles += expert * count
+    return tiles
+
+
+@triton.jit
+def _words(packed, tiles, blocks, GROUP: tl.constexpr):
+    """Return pointers [2, tiles, 256] to the first words of tiles."""
+    return (packed + tiles[None, :, None] * blocks * (16 * GROUP)
+            + tl.arange(0, 2)[:, None, None] * 256 + tl.arange(0, 256)[None, None, :])
+
+
+@triton.jit
+def _inputs(x, at, columns, k, EXACT: tl.constexpr):
+    """Load rows ``at`` of ``x`` [tokens, k], transposed; unless EXACT, columns from k on are 0."""
+    place = x + at[None, :] * k + columns[:, None]
+    if EXACT:
+        return tl.load(place)
+    else:
+        return tl.load(place, mask=(columns < k)[:, None], other=0.0)
+
+
+@triton.jit
 def _int4(x, packed, scales, zeros, table, bias, out, slots, owners, routing, first, n, k, blocks,
           tokens, held, width, GROUP: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
           TOKENS: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr, GATED: tl.constexpr,
@@ -392,20 +420,13 @@ def _int4(x, packed, scales, zeros, table, bias, out, slots, owners, routing, fi
     """
     STEPS: tl.constexpr = GROUP // 32
     turn, at, place, expert, used = _place(slots, owners, tokens, held, TOKENS, EXPERTS, PDL)
-    last = tl.cdiv(n, 16) - 1
-    tiles = tl.minimum(first // 16 + turn * TILES + tl.arange(0, TILES), last).to(tl.int64)
-    begin, end = _split_range(blocks * STEPS)
-    if EXPERTS:
-        end = tl.where(used, end, begin)
-        tiles += expert * (last + 1)
+    tile = first // 16 + turn * TILES
+    tiles = _tiles(tile + tl.arange(0, TILES), n, expert, EXPERTS)
+    begin, end = _split_range(blocks * STEPS, used, EXPERTS)
     columns = tl.arange(0, 32)
-    word = (packed + tiles[None, :, None] * blocks * (16 * GROUP)
-            + tl.arange(0, 2)[:, None, None] * 256 + tl.arange(0, 256)[None, None, :])
+    word = _words(packed, tiles, blocks, GROUP)
     each = tl.arange(0, 16 * TILES)
-    tile = tl.minimum(first // 16 + turn * TILES + each // 16, last).to(tl.int64)
-    if EXPERTS:
-        tile += expert * (last + 1)
-    row = tile * blocks * 16 + each % 16
+    row = _tiles(tile + each // 16, n, expert, EXPERTS) * blocks * 16 + each % 16
     result = tl.zeros((16 * TILES, TOKENS), tl.float32)
     pairs = _pairs(x, table, WARPS, TABLE, ASSEMBLY)
     if PDL:
@@ -424,11 +445,7 @@ def _int4(x, packed, scales, zeros, table, bias, out, slots, owners, routing, fi
         # overwrites the registers of its weights.
         for number in tl.static_range(4):
             column = (block * 4 + number) * GROUP + step % STEPS * 32 + columns
-            if EXACT:
-                v = tl.load(x + at[None, :] * k + column[:, None])
-            else:
-                v = tl.load(x + at[None, :] * k + column[:, None], mask=(column < k)[:, None],
-                            other=0.0)
+            v = _inputs(x, at, column, k, EXACT)
             if TABLE:
                 w = w0 if number == 0 else w1 if number == 1 else w2 if number == 2 else w3
                 w = _fragments(w) * _of(four, number).to(v.dtype)[:, None]
@@ -453,16 +470,12 @@ def _fp4(x, packed, scales, factors, bias, out, slots, owners, routing, first, n
     """Multiply ``x`` [tokens, k], in fragment order, by rows of an `Fp4` [n, k]; see `_int4`."""
     STEPS: tl.constexpr = GROUP // 32
     turn, at, place, expert, used = _place(slots, owners, tokens, held, TOKENS, EXPERTS, PDL)
-    last = tl.cdiv(n, 16) - 1
-    tiles = tl.minimum(first // 16 + turn * TILES + tl.arange(0, TILES), last).to(tl.int64)
-    begin, end = _split_range(blocks * STEPS)
-    if EXPERTS:
-        end = tl.where(used, end, begin)
-        tiles += expert * (last + 1)
+    tile = first // 16 + turn * TILES
+    tiles = _tiles(tile + tl.arange(0, TILES), n, expert, EXPERTS)
+    begin, end = _split_range(blocks * STEPS, used, EXPERTS)
     columns = tl.arange(0, 32)
     lane = tl.arange(0, 64)
-    word = (packed + tiles[None, :, None] * blocks * (16 * GROUP)
-            + tl.arange(0, 2)[:, None, None] * 256 + tl.arange(0, 256)[None, None, :])
+    word = _words(packed, tiles, blocks, GROUP)
     scale = (scales + tiles[None, :, None] * blocks * GROUP
              + (lane // 4 * 2 + lane % 2)[None, None, :])
     result = tl.zeros((16 * TILES, TOKENS), tl.float32)
@@ -473,11 +486,7 @@ def _fp4(x, packed, scales, factors, bias, out, slots, owners, routing, first, n
         words = tl.permute(tl.load(word + step * 512), (1, 0, 2))
         for number in tl.static_range(4):       # one product at a time, as in `_int4`
             column = (step // STEPS * 4 + number) * GROUP + step % STEPS * 32 + columns
-            if EXACT:
-                v = tl.load(x + at[None, :] * k + column[:, None])
-            else:
-                v = tl.load(x + at[None, :] * k + column[:, None], mask=(column < k)[:, None],
-                            other=0.0)
+            v = _inputs(x, at, column, k, EXACT)
             if ASSEMBLY and v.dtype != tl.float32:
                 w = _fast_weights(words, own, number, v.dtype)
             else:

@@ -30,17 +30,15 @@ _DEFAULTS: dict[str, Any] = {
     'rms_norm_eps': 1e-5, 'max_position_embeddings': 262144, 'sliding_window': None}
 _ORIGINAL = 'original_max_position_embeddings'
 _ROPE = {'rope_type': 'yarn', 'rope_theta': 1e6, 'factor': 16.0, 'beta_fast': 32.0,
-         'original_max_position_embeddings': 16384, 'beta_slow': 1.0, 'mscale_all_dim': 1.0,
+         _ORIGINAL: 16384, 'beta_slow': 1.0, 'mscale_all_dim': 1.0,
          'mscale': 1.0, 'llama_4_scaling_beta': 0.1}
 
 
 def parse(config: Mapping[str, Any]) -> Architecture:
     """See `families.Family`."""
     config = {**_DEFAULTS, **config}
-    said = rope_settings(config)
-    if not said:
-        outer = config.get(_ORIGINAL)
-        said = {**_ROPE, _ORIGINAL: outer or _ROPE[_ORIGINAL]}
+    said = rope_settings(config) or {
+        **_ROPE, _ORIGINAL: config.get(_ORIGINAL) or _ROPE[_ORIGINAL]}
     config['rope_parameters'] = said
     window = config['sliding_window']
     if window is not None:
